@@ -1,0 +1,82 @@
+// Instruction-set levels. Every csrc/cpu/<op>.cpp is compiled once per level, inside
+// namespace mtp::cpu::MTP_ISA, and reached through one dispatcher that asks isa() at run time.
+//
+//   generic  whatever the compiler's baseline is; vectors are plain loops
+//   avx2     AVX2, FMA, F16C
+//   avx512   AVX-512 F, BW, DQ, VL
+//   amx      avx512 plus AVX-512 BF16 and AMX tiles (bf16, int8)
+#pragma once
+
+namespace mtp::cpu {
+
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+// The level in use: the best one that is compiled in, that the processor and the operating
+// system offer, and that MTP_CPU_ISA (generic, avx2, avx512, amx) does not forbid.
+Isa isa();
+const char* isa_name(Isa level);
+// Comma-separated names of the levels compiled in.
+const char* compiled_isa_levels();
+
+}  // namespace mtp::cpu
+
+// Written once at the end of csrc/cpu/<op>.cpp, outside any namespace: defines
+// mtp::cpu::launch(const Params&), which jumps to the level in use.
+#if MTP_ISA_LEVEL == 0
+
+#ifdef MTP_HAVE_AVX2
+#define MTP_ISA_DECLARE_AVX2(launch, Params) \
+  namespace avx2 {                           \
+  void launch(const Params&);                \
+  }
+#define MTP_ISA_CASE_AVX2(launch, p) \
+  case Isa::kAvx2:                   \
+    return avx2::launch(p);
+#else
+#define MTP_ISA_DECLARE_AVX2(launch, Params)
+#define MTP_ISA_CASE_AVX2(launch, p)
+#endif
+#ifdef MTP_HAVE_AVX512
+#define MTP_ISA_DECLARE_AVX512(launch, Params) \
+  namespace avx512 {                           \
+  void launch(const Params&);                  \
+  }
+#define MTP_ISA_CASE_AVX512(launch, p) \
+  case Isa::kAvx512:                   \
+    return avx512::launch(p);
+#else
+#define MTP_ISA_DECLARE_AVX512(launch, Params)
+#define MTP_ISA_CASE_AVX512(launch, p)
+#endif
+#ifdef MTP_HAVE_AMX
+#define MTP_ISA_DECLARE_AMX(launch, Params) \
+  namespace amx {                           \
+  void launch(const Params&);               \
+  }
+#define MTP_ISA_CASE_AMX(launch, p) \
+  case Isa::kAmx:                   \
+    return amx::launch(p);
+#else
+#define MTP_ISA_DECLARE_AMX(launch, Params)
+#define MTP_ISA_CASE_AMX(launch, p)
+#endif
+
+#define MTP_CPU_DISPATCH(launch, Params) \
+  namespace mtp::cpu {                   \
+  MTP_ISA_DECLARE_AVX2(launch, Params)   \
+  MTP_ISA_DECLARE_AVX512(launch, Params) \
+  MTP_ISA_DECLARE_AMX(launch, Params)    \
+  void launch(const Params& p) {         \
+    switch (isa()) {                     \
+      MTP_ISA_CASE_AMX(launch, p)        \
+      MTP_ISA_CASE_AVX512(launch, p)     \
+      MTP_ISA_CASE_AVX2(launch, p)       \
+      default:                           \
+        return generic::launch(p);       \
+    }                                    \
+  }                                      \
+  }
+
+#else
+#define MTP_CPU_DISPATCH(launch, Params)
+#endif

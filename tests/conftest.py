@@ -1,0 +1,81 @@
+"""The `backend` fixture: where an operator's tests run.
+
+A test that takes `backend` runs once for each place that exists on this machine:
+
+  cpu      torch.ops.mtp on CPU tensors
+  cuda     torch.ops.mtp on CUDA tensors, if there is a GPU and the operator has a kernel
+  ptxsim   the CUDA kernel and its launcher on CPU tensors, executed by tests/ptxsim, if nvcc is
+           there and the operator has a kernel
+
+The operator is the test file's own name: tests/test_<op>.py. `pytest -k "ptxsim and <op>"` selects.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import mtp_ext  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`ops.<op>(...)` runs the operator; inputs go on `device`."""
+
+    name: str
+    device: str
+    ops: Any
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _has_kernel(op: str) -> bool:
+    return (ROOT / "csrc" / "cuda" / f"{op}.cu").exists()
+
+
+def _find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+
+
+def _has_simulator() -> bool:
+    return _find_nvcc() is not None and (ROOT / "tests" / "ptxsim" / "runtime.py").exists()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    op = Path(metafunc.module.__file__).stem.removeprefix("test_")
+    names = ["cpu"]
+    if _has_kernel(op):
+        if torch.cuda.is_available() and mtp_ext.build_info()["cuda_archs"]:
+            names.append("cuda")
+        if _has_simulator():
+            names.append("ptxsim")
+    metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "ptxsim":
+        from ptxsim import runtime
+
+        return Backend("ptxsim", "cpu", runtime.load_ops())
+    return Backend(request.param, request.param, torch.ops.mtp)
+
+
+def pytest_report_header() -> list[str]:
+    info = mtp_ext.build_info()
+    lines = [f"mtp_ext {info['version']} {info['commit']}, cpu {info['cpu_isa']}"]
+    if not _has_simulator():
+        lines.append("no nvcc: the CUDA kernels are not executed on the simulator")
+    return lines
