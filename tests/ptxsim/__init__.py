@@ -1,0 +1,1 @@
+"""A functional PTX simulator for tests: see README.md in this folder."""
