@@ -1,0 +1,14 @@
+"""Multi-token-prediction heads: trainable modules, their form for decoding, and their files."""
+
+from mtp_ext.nn.head_file import default_head_path, load_head, read_head, save_head
+from mtp_ext.nn.mtp_block import MTPBlock, MTPHead, MTPSpec
+
+__all__ = [
+    "MTPBlock",
+    "MTPHead",
+    "MTPSpec",
+    "default_head_path",
+    "load_head",
+    "read_head",
+    "save_head",
+]
