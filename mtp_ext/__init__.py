@@ -1,5 +1,7 @@
 """Kernels for multi-token prediction, as `torch.ops.mtp.*`; documented in `mtp_ext.ops`."""
 
+import importlib
+
 import torch
 
 from mtp_ext.version import __version__
@@ -10,10 +12,8 @@ _REBUILD = "pip install --no-build-isolation -e ."
 def _load_extension():
     """Imports the compiled module, or says what is wrong and which command mends it."""
     try:
-        from mtp_ext import _C
+        _C = importlib.import_module("mtp_ext._C")
     except ModuleNotFoundError as error:
-        if error.name != "mtp_ext._C":
-            raise
         raise ImportError(
             f"mtp_ext {__version__}: the extension is not built for this Python. From the "
             f"repository, run:\n    {_REBUILD}\n(or `make build` for an in-place build)"

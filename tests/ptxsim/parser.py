@@ -147,9 +147,7 @@ def _parse_variable(text: str) -> Variable | None:
     if not match:
         return None
     attrs = match["attrs"]
-    types = [
-        t for t in re.findall(r"\.(\w+)", attrs) if re.fullmatch(r"[bsuf]\d+(x2)?|pred", t)
-    ]
+    types = [t for t in re.findall(r"\.(\w+)", attrs) if re.fullmatch(r"[bsuf]\d+(x2)?|pred", t)]
     elem = types[-1] if types else "b8"
     aligned = re.search(r"\.align\s+(\d+)", re.sub(r"\.ptr.*", "", attrs, flags=re.S))
     size = type_size(elem)
@@ -225,7 +223,9 @@ class Function:
         seen: dict[str, Function] = {}
         todo = [self]
         while todo:
-            for name in re.findall(rf"\bcall[\w.]*\s+(?:\([^)]*\)\s*,\s*)?({_NAME})", todo.pop().text):
+            for name in re.findall(
+                rf"\bcall[\w.]*\s+(?:\([^)]*\)\s*,\s*)?({_NAME})", todo.pop().text
+            ):
                 found = self.module.functions.get(name)
                 if found and found.text is not None and name not in seen and found is not self:
                     seen[name] = found
@@ -534,9 +534,10 @@ def _number(text: str) -> Imm:
         return Imm(int(match[2], 16) ^ (0x80000000 if match[1] else 0), "f")
     if match := re.fullmatch(r"(-?)0[dD]([0-9a-fA-F]{16})", text):
         return Imm(int(match[2], 16) ^ (1 << 63 if match[1] else 0), "d")
-    if re.fullmatch(r"-?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", text) and not text.lstrip(
-        "-"
-    ).isdigit():
+    if (
+        re.fullmatch(r"-?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", text)
+        and not text.lstrip("-").isdigit()
+    ):
         return Imm(int(np.float64(float(text)).view(np.uint64)), "d")
     text = text.rstrip("uU")
     negative = text.startswith("-")
