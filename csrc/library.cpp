@@ -43,4 +43,11 @@ MTP_LIBRARY(m) {
       "Tensor? draft_ids=None, Tensor? temperature=None, Tensor? top_k=None, "
       "Tensor? top_p=None, Tensor? min_p=None, Tensor? token_bitmask=None, "
       "str method=\"token\") -> (Tensor token_ids, Tensor num_accepted, Tensor status)");
+
+  // What a trunk needs between its projections and attention, row by row.
+  def("add_rms_norm(Tensor(a!) residual, Tensor weight, *, Tensor? x=None, float eps=1e-6, "
+      "bool gemma_norm=False) -> Tensor");
+  def("rope_qkv(Tensor qkv, Tensor positions, Tensor cos_sin, int num_heads, int num_kv_heads) "
+      "-> (Tensor q, Tensor k, Tensor v)");
+  def("silu_and_mul(Tensor gate_up) -> Tensor");
 }
