@@ -80,4 +80,39 @@ class LaunchReport:
 
     def table(self) -> str:
         """The report as text."""
-        raise NotImplementedError
+        out = [
+            f"{self.kernel}",
+            f"grid {self.grid} block {self.block} shared {self.static_smem}+{self.dynamic_smem} bytes",
+            f"{self.thread_instructions} thread instructions, {self.warp_instructions} warp "
+            f"instructions, {self.mma} mma, {self.barriers} barriers, "
+            f"{self.bank_conflicts} extra shared wavefronts",
+            "warp instructions by class: "
+            + ", ".join(f"{k} {n}" for k, n in sorted(self.by_class.items())),
+        ]
+        if self.buffers:
+            rows = [("buffer", "loaded", "unique", "reread", "sectors", "eff", "stored", "unique", "sectors", "atomic")]
+            for name, b in self.buffers.items():
+                reread = b.loaded_bytes / b.unique_loaded_bytes if b.unique_loaded_bytes else 0.0
+                rows.append((
+                    name, str(b.loaded_bytes), str(b.unique_loaded_bytes), f"{reread:.2f}",
+                    str(b.load_sectors), f"{self.sector_efficiency(name):.2f}",
+                    str(b.stored_bytes), str(b.unique_stored_bytes), str(b.store_sectors),
+                    str(b.atomic_bytes),
+                ))  # fmt: skip
+            out += ["", *_columns(rows)]
+        if self.lines:
+            rows = [("line", "requests", "bytes", "sectors", "ideal", "waves", "ideal", "source", "ptx")]
+            for key in sorted(self.lines):
+                n = self.lines[key]
+                rows.append((
+                    str(n.line), str(n.requests), str(n.bytes), str(n.sectors),
+                    str(n.ideal_sectors), str(n.wavefronts), str(n.ideal_wavefronts),
+                    n.source.rsplit("/", 1)[-1], n.text[:60],
+                ))  # fmt: skip
+            out += ["", *_columns(rows)]
+        return "\n".join(out)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]

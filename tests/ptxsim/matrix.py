@@ -1,0 +1,119 @@
+"""mma.sync: fragment layouts of the PTX ISA and their arithmetic.
+
+A fragment register r of lane l holds e elements of 32/e bits. With g = l / 4 and t = l % 4:
+A[g + 8 (r & 1), (r >> 1) 4e + t e + i], B[r 4e + t e + i, g], and C and D hold rows g and g + 8,
+columns 2t and 2t + 1. One rule covers every m16n8 shape with 8 to 32-bit operands.
+
+Products are exact, their sum with the accumulator is formed in f64 and rounded once. Hardware
+truncates somewhere on the way, in a manner that is not documented.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from . import numerics as nx
+from .numerics import F4, F8, I4, I8, U1, U2, U4
+from .parser import Instr
+
+
+@dataclass(frozen=True)
+class MmaPlan:
+    m: int
+    n: int
+    k: int
+    a_type: str
+    b_type: str
+    c_type: str
+    d_type: str
+    saturate: bool
+
+
+def mma_plan(instr: Instr) -> MmaPlan | None:
+    text = ".".join(instr.parts)
+    match = re.fullmatch(
+        r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(?:\.kind_f8f6f4)?(\.satfinite)?"
+        r"\.(f16|f32|s32)\.(f16|bf16|tf32|s8|u8|e4m3|e5m2)\.(f16|bf16|tf32|s8|u8|e4m3|e5m2)"
+        r"\.(f16|f32|s32)",
+        text,
+    )
+    if not match:
+        return None
+    k, sat, d, a, b, c = match.groups()
+    return MmaPlan(16, 8, int(k), a, b, c, d, bool(sat))
+
+
+_WIDTH = {"f16": 2, "bf16": 2, "tf32": 4, "s8": 1, "u8": 1, "e4m3": 1, "e5m2": 1}
+
+
+@lru_cache(None)
+def _operand_index(which: str, rows: int, cols: int, e: int) -> np.ndarray:
+    """For each matrix element, its position in [register, lane, element] order."""
+    out = np.empty((rows, cols), np.int64)
+    registers = rows * cols // (32 * e)
+    for r in range(registers):
+        for lane in range(32):
+            g, t = lane >> 2, lane & 3
+            for i in range(e):
+                at = (r * 32 + lane) * e + i
+                if which == "a":
+                    out[g + 8 * (r & 1), (r >> 1) * 4 * e + t * e + i] = at
+                elif which == "b":
+                    out[r * 4 * e + t * e + i, g] = at
+                elif e == 2:  # packed f16 accumulator
+                    out[g + 8 * r, 2 * t + i] = at
+                else:
+                    out[g + 8 * (r >> 1), 2 * t + (r & 1)] = at
+    return out.ravel()
+
+
+@lru_cache(None)
+def _inverse(which: str, rows: int, cols: int, e: int) -> np.ndarray:
+    return np.argsort(_operand_index(which, rows, cols, e))
+
+
+with np.errstate(invalid="ignore"):  # signalling NaNs
+    _TABLE_F8 = {
+        "f16": nx.f16_to_f32(np.arange(65536, dtype=U2)).astype(F8),
+        "bf16": nx.bf16_to_f32(np.arange(65536, dtype=U2)).astype(F8),
+        "e4m3": nx.e4m3_to_f32(np.arange(256, dtype=U1)).astype(F8),
+        "e5m2": nx.e5m2_to_f32(np.arange(256, dtype=U1)).astype(F8),
+        "s8": np.arange(256, dtype=U1).view(np.int8).astype(F8),
+        "u8": np.arange(256, dtype=F8),
+    }
+
+
+def _elements(regs: np.ndarray, t: str) -> np.ndarray:
+    """[W, registers, 32] words to f64 [W, registers * 32 * e]."""
+    words = regs.reshape(len(regs), -1)
+    if t == "tf32":
+        return (words & U4.type(0xFFFFE000)).view(F4).astype(F8)
+    return _TABLE_F8[t].take(words.view(f"u{_WIDTH[t]}"))
+
+
+def mma(plan: MmaPlan, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Operands as [W, registers, 32] words; returns D likewise."""
+    m, n, k, warps = plan.m, plan.n, plan.k, len(a)
+    ea, eb = 4 // _WIDTH[plan.a_type], 4 // _WIDTH[plan.b_type]
+    am = _elements(a, plan.a_type).take(_operand_index("a", m, k, ea), 1).reshape(warps, m, k)
+    bm = _elements(b, plan.b_type).take(_operand_index("b", k, n, eb), 1).reshape(warps, k, n)
+    product = np.matmul(am, bm).reshape(warps, m * n)
+    ec = 2 if plan.c_type == "f16" else 1
+    words = c.reshape(warps, -1)
+    index = _operand_index("c", m, n, ec)
+    if plan.c_type == "s32":
+        total = words.view(I4).take(index, 1).astype(I8) + product.astype(I8)
+        if plan.saturate:
+            total = np.clip(total, -(1 << 31), (1 << 31) - 1)
+        out = total.astype(I4).view(U4)
+    else:
+        values = nx.f16_to_f32(words.view(U2)) if ec == 2 else words.view(F4)
+        total = values.take(index, 1).astype(F8) + product
+        out = total.astype(F4).view(U4) if plan.d_type == "f32" else nx.encode(total, "f16")
+    ed = 2 if plan.d_type == "f16" else 1
+    out = out.take(_inverse("c", m, n, ed), 1)
+    return np.ascontiguousarray(out).view(U4).reshape(warps, -1, 32)
