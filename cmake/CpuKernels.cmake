@@ -36,6 +36,8 @@ function(mtp_cpu_kernels target)
   endforeach()
   target_compile_definitions(${target} PRIVATE ${have})
 
+  # The simulator's build only links them.
+  set(optimise $<IF:$<BOOL:${MTP_PTXSIM}>,-O0,-O3>)
   set(number 0)
   foreach(level generic avx2 avx512 amx)
     if(level IN_LIST levels)
@@ -45,7 +47,7 @@ function(mtp_cpu_kernels target)
       target_link_libraries(${target}_${level} PRIVATE mtp_headers mtp_openmp)
       target_compile_definitions(${target}_${level} PRIVATE MTP_ISA=${level}
                                  MTP_ISA_LEVEL=${number} ${have})
-      target_compile_options(${target}_${level} PRIVATE ${_isa_flags_${level}} -O3
+      target_compile_options(${target}_${level} PRIVATE ${_isa_flags_${level}} ${optimise}
                              -fno-math-errno -fno-trapping-math)
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${level}>)
     endif()

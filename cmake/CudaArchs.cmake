@@ -36,9 +36,11 @@ foreach(_item IN LISTS _wanted)
   if(_number LESS 80)
     message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST asks for ${_item}; the kernels need 8.0 or newer")
   endif()
-  list(APPEND MTP_CUDA_GENCODE
-       -gencode=arch=compute_${_number}${_suffix},code=sm_${_number}${_suffix})
-  if(_ptx)
+  if(NOT MTP_PTXSIM)
+    list(APPEND MTP_CUDA_GENCODE
+         -gencode=arch=compute_${_number}${_suffix},code=sm_${_number}${_suffix})
+  endif()
+  if(_ptx OR MTP_PTXSIM)
     list(APPEND MTP_CUDA_GENCODE
          -gencode=arch=compute_${_number}${_suffix},code=compute_${_number}${_suffix})
   endif()
