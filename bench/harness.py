@@ -78,6 +78,13 @@ def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def clone(value: Any) -> Any:
+    """A deep copy of the tensors in tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(clone(item) for item in value)
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
 def optional(module: str, build: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any] | None:
     """The peer that `build(module)` makes, or None where the module cannot be imported."""
     try:
@@ -372,7 +379,9 @@ def run_case(
     if options.peers:
         calls |= case.peers
         if case.check and case.peers.get("eager"):
-            case.check(calls["ours"](*inputs.sets[0]), case.peers["eager"](*inputs.sets[0]))
+            # Eager gets a copy: an operator may write into its inputs.
+            copy = clone(inputs.sets[0])
+            case.check(calls["ours"](*inputs.sets[0]), case.peers["eager"](*copy))
         if case.compile and options.compile and case.peers.get("eager"):
             torch._dynamo.reset()
             calls["compile"] = torch.compile(case.peers["eager"], dynamic=False)

@@ -9,7 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import harness, report
+from ptxsim.report import BufferCounts, LaunchReport, LineCounts
+
+from bench import counters, harness, report
 from mtp_ext import bench as command
 
 
@@ -122,6 +124,50 @@ def test_disagreement_with_eager_is_an_error(ceilings):
     case = make_case(ours=lambda ops, x: x, check=torch.testing.assert_close)
     with pytest.raises(AssertionError):
         harness.run_case("op", case, ceilings, options("--peers"))
+
+
+def test_check_sees_the_same_inputs_twice(ceilings):
+    """An operator that writes into its inputs does not hand its result to eager."""
+
+    def doubles(x):
+        return x.mul_(2)
+
+    def check(ours, eager):
+        assert ours.data_ptr() != eager.data_ptr()
+        assert torch.equal(ours, eager)
+
+    case = make_case(ours=lambda ops, x: doubles(x), peers={"eager": doubles}, check=check)
+    harness.run_case("op", case, ceilings, options("--peers", "--no-compile"))
+
+
+def make_report(kernel: str, **changes):
+    fields = dict(kernel=kernel, grid=(4, 2, 1), block=(128, 1, 1), dynamic_smem=0, static_smem=0,
+                  warp_instructions=100, barriers=3)  # fmt: skip
+    launch = LaunchReport(**(fields | changes))
+    launch.buffers["x"] = BufferCounts(loaded_bytes=40, load_sectors=4)
+    launch.buffers["out"] = BufferCounts(stored_bytes=24)
+    launch.lines[1] = LineCounts(1, "ld", "", "global", sectors=6, ideal_sectors=4)
+    launch.lines[2] = LineCounts(2, "ld", "", "shared", wavefronts=5, ideal_wavefronts=2)
+    return launch
+
+
+def test_counters():
+    case = make_case()
+    (line,) = counters.cells(case, [make_report("_ZN3mtp4cuda6kernelIfEEvi")])
+    row = dict(zip(counters.HEADER, line))
+    assert row["grid x block"] == "4x2 x 128" and row["loaded"] == "40 B"
+    assert row["x floor"] == "2.00" and row["x ideal sectors"] == "1.50"
+    assert row["bank conflicts"] == "3" and row["warp instructions"] == "100"
+    launches = [make_report("split"), make_report("combine", grid=(1, 1, 1))]
+    *parts, whole = counters.cells(case, launches)
+    assert [dict(zip(counters.HEADER, p))["x floor"] for p in parts] == ["", ""]
+    row = dict(zip(counters.HEADER, whole))
+    assert row["kernel"] == "all" and row["x floor"] == "4.00" and row["barriers"] == "6"
+
+
+def test_kernel_names_are_readable():
+    assert counters.kernel_name("mtp::cuda::(anonymous namespace)::split<4, 2>(P)") == "split"
+    assert counters.kernel_name("plain") == "plain"
 
 
 def test_noise_is_said(ceilings, monkeypatch):
