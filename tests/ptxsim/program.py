@@ -175,7 +175,7 @@ class _Flattener:
 def _weak_topological_order(succ: list[list[int]]) -> list[int]:
     """Bourdoncle's order: loops are contiguous and everything after a loop ranks behind it."""
     dfn, stack, num = [0] * len(succ), [], 0
-    done = len(succ) + 1
+    done = 1 << 60  # larger than any number: nodes of loops are numbered again and again
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 10 * len(succ) + 1000))
 

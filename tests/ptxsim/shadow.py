@@ -32,7 +32,8 @@ class SharedShadow:
         n = ctas * stride // self.granule
         self.writer = np.zeros(n, np.int32)  # time << 10 | thread; zero: never written
         self.atomic: np.ndarray | None = None
-        self.reader = np.zeros((n, warps), np.int32) if races else None
+        self.reader = np.zeros((warps, n), np.int32) if races else None  # last read per warp
+        self.last_write = self.last_read = 0
         # The diagonal is what a warp's own lanes know of each other: raised by __syncwarp.
         self.known = np.zeros((ctas, warps, warps), np.int32)
         self.floor = np.zeros(ctas, np.int32)  # everything up to here is ordered for all warps
@@ -43,7 +44,7 @@ class SharedShadow:
             self.granule >>= 1
             self.writer = np.repeat(self.writer, 2)
             if self.reader is not None:
-                self.reader = np.repeat(self.reader, 2, axis=0)
+                self.reader = np.repeat(self.reader, 2, axis=1)
             if self.atomic is not None:
                 self.atomic = np.repeat(self.atomic, 2)
 
@@ -72,6 +73,9 @@ class SharedShadow:
         self.floor = np.maximum(self.floor - shift, 1)
         self.global_floor = max(self.global_floor - shift, 1)
         self.now -= shift
+        self.last_read = max(self.last_read - shift, 1)
+        if self.last_write != _LAST:
+            self.last_write = max(self.last_write - shift, 1)
 
     # --- ordering events -------------------------------------------------------------------
 
@@ -129,6 +133,8 @@ class SharedShadow:
         self, plane: np.ndarray, rows: np.ndarray, k: int, where: tuple, what: str, now: str,
         excuse: Excuse | None = None,
     ) -> None:  # fmt: skip
+        if self.last_write <= self.global_floor:
+            return
         stamps = plane.reshape(-1, k)[rows] if k > 1 else plane[rows]
         if stamps.max(initial=0) <= (self.global_floor << _THREAD_BITS | 1023):
             return
@@ -163,9 +169,9 @@ class SharedShadow:
         self.touched = True
         rows, k = self._rows(flat, size)
         if self.uninitialized:
-            written = self.writer.reshape(-1, k)[rows]
+            written = self.writer.reshape(-1, k)[rows] if k > 1 else self.writer[rows]
             if written.min(initial=1) == 0:
-                bad = int(np.flatnonzero((written == 0).any(1))[0])
+                bad = int(np.flatnonzero((written.reshape(-1, k) == 0).any(1))[0])
                 raise Found(UninitializedShared, "read of uninitialised shared memory", bad)
         if not self.races:
             return
@@ -174,11 +180,13 @@ class SharedShadow:
             if self.atomic is not None:
                 self._check(self.atomic, rows, k, where, "updates atomically", "read")
             thread = where[0]
+            self.last_read = self.now
             stamp = (self.now << _THREAD_BITS) | thread
+            plane = (thread >> 5) * (len(self.writer) // k) + rows
             if k > 1:
-                self.reader.reshape(-1, k, self.warps)[rows, :, thread >> 5] = stamp[:, None]
+                self.reader.reshape(-1, k)[plane] = stamp[:, None]
             else:
-                self.reader[rows, thread >> 5] = stamp
+                self.reader.reshape(-1)[plane] = stamp
 
     def store(
         self, flat: np.ndarray, size: int, where: tuple, strong: bool, excuse: Excuse | None,
@@ -197,6 +205,7 @@ class SharedShadow:
                 if self.atomic is not None:
                     self._check(self.atomic, rows, k, where, "updates atomically", "write")
             self._check_readers(rows, k, where)
+        self.last_write = _LAST if pending else max(self.now, self.last_write)  # _LAST stays
         stamp = ((_LAST if pending else self.now) << _THREAD_BITS) | thread
         if k > 1:
             self.writer.reshape(-1, k)[rows] = stamp[:, None]
@@ -207,16 +216,25 @@ class SharedShadow:
         lost = (self.writer.reshape(-1, k)[rows, 0] if k > 1 else self.writer[rows]) != stamp
         return np.flatnonzero(lost) if lost.any() else None
 
+    def settle(self) -> None:
+        """No cp.async is under way."""
+        self.last_write = self.now
+
     def landed(self, flat: np.ndarray, size: int, thread: np.ndarray) -> None:
         """A cp.async is complete: from here on its bytes are ordinary writes."""
         self.touched = True
+        self.last_write = max(self.now, self.last_write)
         rows, k = self._rows(flat, size)
         stamp = (self.now << _THREAD_BITS) | thread
         self.writer.reshape(-1, k)[rows] = stamp[:, None]
 
     def _check_readers(self, rows: np.ndarray, k: int, where: tuple) -> None:
         thread, cta = where
-        stamps = self.reader.reshape(-1, k * self.warps)[rows]
+        if self.last_read <= self.global_floor:
+            return
+        # [accesses, warps * k]
+        stamps = self.reader.reshape(self.warps, -1, k)[:, rows].swapaxes(0, 1)
+        stamps = stamps.reshape(len(rows), -1)
         if stamps.max(initial=0) <= (self.global_floor << _THREAD_BITS | 1023):
             return
         late = np.flatnonzero((stamps >> _THREAD_BITS > self.floor[cta][:, None]).any(1))
@@ -244,6 +262,7 @@ class SharedShadow:
         if self.races:
             self._check(self.writer, rows, k, where, "wrote", "atomic update")
             self._check_readers(rows, k, where)
+            self.last_write = max(self.now, self.last_write)
             if self.atomic is None:
                 self.atomic = np.zeros_like(self.writer)
             self.atomic.reshape(-1, k)[rows] = stamp[:, None]

@@ -130,7 +130,6 @@ class Wave:
         self.mbar_known: dict[int, np.ndarray] = {}
         self.woken = False  # an mbarrier phase completed
         self.active: Active = Active(self, None, None, self.slots)
-        self.patterns: dict[tuple, int] = {}
         self._init_registers()
 
     def _init_registers(self) -> None:
@@ -356,34 +355,20 @@ class Wave:
         else:
             grid = np.repeat(words[starts], group).reshape(-1, group)
             grid[np.cumsum(change) - 1, threads % group] = words
-        grid = grid - grid[:, :1]
         counts = self.line(op, "shared")
         counts.requests += 1 + int(np.count_nonzero(threads[1:] >> 5 != threads[:-1] >> 5))
         counts.bytes += len(threads) * size
         counts.ideal_wavefronts += len(grid)
-        per_lane = max(size // 4, 1)
-        if (grid == grid[0]).all():
-            counts.wavefronts += len(grid) * self._conflict(grid[0], per_lane)
-            return
-        weights = _HASH[:group]
-        keys = grid.astype(np.int64) @ weights
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        edge = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        repeat = np.diff(np.append(edge, len(keys)))
-        for e, n in zip(order[edge].tolist(), repeat.tolist()):
-            counts.wavefronts += n * self._conflict(grid[e], per_lane)
-
-    def _conflict(self, words: np.ndarray, per_lane: int) -> int:
-        key = (words.tobytes(), per_lane)
-        degree = self.patterns.get(key)
-        if degree is None:
-            distinct = {int(w) + i for w in words for i in range(per_lane)}
-            banks: dict[int, int] = {}
-            for w in distinct:
-                banks[w & 31] = banks.get(w & 31, 0) + 1
-            degree = self.patterns[key] = max(banks.values())
-        return degree
+        relative = grid - grid[:, :1]
+        rows = grid[:1] if (relative == relative[0]).all() else grid
+        if size > 4:
+            rows = (rows[:, :, None] + np.arange(size // 4)).reshape(len(rows), -1)
+        rows = np.sort(rows.astype(np.int32), axis=1)
+        distinct = np.ones(rows.shape, bool)
+        np.not_equal(rows[:, 1:], rows[:, :-1], out=distinct[:, 1:])
+        bank = ((rows & 31) + 32 * np.arange(len(rows), dtype=np.int32)[:, None])[distinct]
+        worst = np.bincount(bank, minlength=32 * len(rows)).reshape(-1, 32).max(1)
+        counts.wavefronts += int(worst.sum()) * (len(grid) // len(rows))
 
     # --- global ----------------------------------------------------------------------------
 
@@ -792,6 +777,8 @@ class Wave:
             if self.shadow is not None:
                 self.shadow.landed(flat, size, self.tid_of[threads])
         self.copies = rest
+        if not rest and self.shadow is not None:
+            self.shadow.settle()
 
     def cp_mbarrier_arrive(self, op: Op, address: np.ndarray, mask, noinc: bool) -> None:
         # The copies land here rather than at some later time: whoever does not wait on the
@@ -1162,9 +1149,6 @@ class Wave:
             return chr(bits & 255) if kind == "c" else spec.replace("u", "d") % bits
 
         return re.sub(r"%[-+ #0]*\d*(?:\.\d+)?[lhzjt]*[a-zA-Z%]", value, text)
-
-
-_HASH = np.random.default_rng(7).integers(1, 1 << 62, 32, dtype=np.int64) | 1
 
 
 # --- atomic arithmetic ---------------------------------------------------------------------
