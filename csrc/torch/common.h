@@ -173,18 +173,22 @@ inline void* current_stream([[maybe_unused]] c10::Device device) {
 #define MTP_CUDA_LAUNCHER(launch) nullptr
 #endif
 
+// Whether run_on will take the CUDA launcher.
+inline bool runs_on_cuda([[maybe_unused]] const at::Tensor& anchor) {
+#ifdef MTP_PTXSIM
+  return true;
+#else
+  return anchor.is_cuda();
+#endif
+}
+
 // Launches on the anchor's device.
 template <typename Params>
 void run_on(const char* op, const at::Tensor& anchor, const Params& params,
             void (*cpu)(const Params&),
             [[maybe_unused]] std::type_identity_t<void (*)(const Params&, void*)> cuda) {
 #ifdef MTP_WITH_CUDA
-#ifdef MTP_PTXSIM
-  const bool on_cuda = true;
-#else
-  const bool on_cuda = anchor.is_cuda();
-#endif
-  if (on_cuda) {
+  if (runs_on_cuda(anchor)) {
     TORCH_CHECK(cuda != nullptr, op, ": there is no CUDA kernel for this operator yet");
     const c10::DeviceGuard guard(anchor.device());
     cuda(params, current_stream(anchor.device()));

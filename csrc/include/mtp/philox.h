@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MTP_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MTP_HOST_DEVICE inline
-#endif
+#include "mtp/types.h"
 
 namespace mtp::philox {
 

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define MTP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MTP_HOST_DEVICE inline
+#endif
+
 namespace mtp {
 
 enum class DType : int32_t { kF32, kF16, kBF16, kI8, kF8E4M3, kI32, kI64 };
