@@ -43,6 +43,7 @@ def _philox_uniform(seeds, positions, row, stream, n):
 
 # ---- between projections and attention -----------------------------------------------------------
 
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -80,3 +81,91 @@ def _silu_and_mul(gate_up):
     _check_shape(op, "gate_up", gate_up, None, None)
     torch._check(gate_up.shape[1] % 2 == 0, lambda: f"{op}: gate_up's last dimension must be even")
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+# ---- verification attention ----------------------------------------------------------------------
+
+
+def _check_append(
+    op, k, v, k_cache, v_cache, table, cache_lens, cu_q_lens, k_scale, v_scale, layout
+):
+    torch._check(
+        layout in ("NHD", "HND"), lambda: f'{op}: layout must be "NHD" or "HND", got "{layout}"'
+    )
+    _check_dtype(op, "k", k, *_FLOATS)
+    _check_shape(op, "k", k, None, None, None)
+    _check_dtype(op, "v", v, k.dtype)
+    _check_shape(op, "v", v, *k.shape)
+    _, kv_heads, dim = k.shape
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_dtype(op, name, cache, k.dtype, torch.float8_e4m3fn)
+        heads = (kv_heads, None) if layout == "HND" else (None, kv_heads)
+        _check_shape(op, name, cache, None, *heads, dim)
+    _check_dtype(op, "v_cache", v_cache, k_cache.dtype)
+    _check_shape(op, "v_cache", v_cache, *k_cache.shape)
+    _check_dtype(op, "block_table", table, torch.int32)
+    _check_shape(op, "block_table", table, None, None)
+    _check_dtype(op, "cache_lens", cache_lens, torch.int32)
+    _check_shape(op, "cache_lens", cache_lens, table.shape[0])
+    _check_dtype(op, "cu_q_lens", cu_q_lens, torch.int32)
+    _check_shape(op, "cu_q_lens", cu_q_lens, table.shape[0] + 1)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        torch._check(
+            scale is None or k_cache.dtype == torch.float8_e4m3fn,
+            lambda name=name: f"{op}: {name} needs a cache of dtype Float8_e4m3fn",
+        )
+        _check_dtype(op, name, scale, torch.float32)
+        _check_shape(op, name, scale, None)
+
+
+@torch.library.register_fake("mtp::kv_append")
+def _kv_append(
+    k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, *, k_scale=None, v_scale=None,
+    layout="NHD",
+):  # fmt: skip
+    _check_append(
+        "kv_append", k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, k_scale, v_scale,
+        layout,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("mtp::verify_attention")
+def _verify_attention(
+    q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len, *, tree_mask=None,
+    scale=None, window=-1, softcap=0.0, sinks=None, k_scale=None, v_scale=None, layout="NHD",
+):  # fmt: skip
+    op = "verify_attention"
+    _check_append(
+        op, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, k_scale, v_scale, layout
+    )
+    _check_dtype(op, "q", q, k.dtype)
+    _check_shape(op, "q", q, k.shape[0], None, k.shape[2])
+    _check_dtype(op, "tree_mask", tree_mask, torch.int64)
+    _check_shape(op, "tree_mask", tree_mask, q.shape[0])
+    _check_dtype(op, "sinks", sinks, torch.float32)
+    _check_shape(op, "sinks", sinks, q.shape[1])
+    out = q.new_empty(q.shape)
+    return out, q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("mtp::kv_compact")
+def _kv_compact(
+    k_caches, v_caches, block_table, cache_lens, accept_index, accept_lens, *, layout="NHD"
+):
+    op = "kv_compact"
+    torch._check(
+        len(k_caches) == len(v_caches),
+        lambda: f"{op}: v_caches must have as many layers as k_caches, {len(k_caches)}",
+    )
+    for cache in (*k_caches, *v_caches):
+        _check_shape(op, "caches", cache, *k_caches[0].shape)
+        _check_dtype(op, "caches", cache, k_caches[0].dtype)
+    _check_dtype(op, "block_table", block_table, torch.int32)
+    _check_shape(op, "block_table", block_table, None, None)
+    batch = block_table.shape[0]
+    _check_dtype(op, "cache_lens", cache_lens, torch.int32)
+    _check_shape(op, "cache_lens", cache_lens, batch)
+    _check_dtype(op, "accept_index", accept_index, torch.int32, torch.int64)
+    _check_shape(op, "accept_index", accept_index, batch, None)
+    _check_dtype(op, "accept_lens", accept_lens, torch.int32)
+    _check_shape(op, "accept_lens", accept_lens, batch)

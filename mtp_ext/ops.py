@@ -94,3 +94,129 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         silu(gate) * up, [T, F] in gate_up's dtype.
     """
     return _ops.silu_and_mul(gate_up)
+
+
+# ---- verification attention ----------------------------------------------------------------------
+
+
+def kv_append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_lens: Tensor,
+    cu_q_lens: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    layout: str = "NHD",
+) -> None:
+    """Writes new keys and values into the paged cache, in place.
+
+    Token i of request b goes to position cache_lens[b] + i. A position past the block table's
+    capacity, or whose page id is no page of the cache, is not written; nor are rows at or past
+    cu_q_lens[B], so T may be padded.
+
+    Args:
+        k, v: f32, f16 or bf16 [T, Hkv, D]; D a multiple of 8 up to 256, dense in D.
+        k_cache, v_cache: [P, page, Hkv, D], or [P, Hkv, page, D] with layout "HND", any page size;
+            k's dtype, or float8_e4m3fn, which stores k / k_scale and v / v_scale rounded to
+            nearest even and saturating at 448.
+        block_table: int32 [B, max_pages], the pages of each request.
+        cache_lens: int32 [B], tokens cached before this call.
+        cu_q_lens: int32 [B+1], offsets of each request's rows in k and v.
+        k_scale, v_scale: f32 [1] or [Hkv], with a float8_e4m3fn cache only; None is 1.
+        layout: "NHD" or "HND".
+    """
+    _ops.kv_append(
+        k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, k_scale=k_scale,
+        v_scale=v_scale, layout=layout,
+    )  # fmt: skip
+
+
+def verify_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_lens: Tensor,
+    cu_q_lens: Tensor,
+    max_q_len: int,
+    *,
+    tree_mask: Tensor | None = None,
+    scale: float | None = None,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    layout: str = "NHD",
+) -> tuple[Tensor, Tensor]:
+    """Attention of a step's new tokens over the paged cache and themselves; appends them as well.
+
+    Query i of request b sees the cached positions 0..cache_lens[b]-1 and the new tokens 0..i or,
+    under a tree mask, those whose bits are set. The new tokens are written to the cache as
+    `kv_append` does and attended to as they are stored. A row's result depends on its own query,
+    keys and position only: computed with one new token or several, alone or in any batch, from
+    pages of any size in either layout, its bits are the same on one device.
+
+    Keys whose position lies past the table's capacity or whose page id is no page of the cache are
+    hidden. Rows at or past cu_q_lens[B], and a request's rows behind max_q_len, are padding: not
+    read, not appended, out 0 and lse -inf.
+
+    Args:
+        q: f32, f16 or bf16 [T, Hq, D]; f16 or bf16 on CUDA. Hq is a multiple of Hkv.
+        k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, k_scale, v_scale, layout: as
+            for `kv_append`, k and v in q's dtype.
+        max_q_len: an upper bound of the new tokens per request.
+        tree_mask: int64 [T]; bit j of a row's mask: it sees the request's new token j. Needs
+            max_q_len <= 64. A new token's position is then cache_len + its number of bits - 1.
+        scale: factor of q . k; None is 1 / sqrt(D).
+        window: a row sees keys at positions > its own - window; -1 for no window.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        sinks: f32 [Hq], one more logit per head that takes probability and gives no value
+            (attention sinks as in gpt-oss).
+
+    Returns:
+        out: [T, Hq, D] in q's dtype.
+        lse: f32 [T, Hq], natural log of the sum of exponentials, sink included.
+    """
+    return _ops.verify_attention(
+        q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len,
+        tree_mask=tree_mask, scale=scale, window=window, softcap=softcap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale, layout=layout,
+    )  # fmt: skip
+
+
+def kv_compact(
+    k_caches: list[Tensor],
+    v_caches: list[Tensor],
+    block_table: Tensor,
+    cache_lens: Tensor,
+    accept_index: Tensor,
+    accept_lens: Tensor,
+    *,
+    layout: str = "NHD",
+) -> None:
+    """Moves the cache slots of accepted tree tokens down, for all layers, in place.
+
+    Slot cache_lens[b] + accept_index[b, j] moves to cache_lens[b] + j for j < accept_lens[b].
+    A request's indices are strictly increasing; one that does not increase, lies below its j or
+    has no slot is skipped. Source slots stay as they are. (After a chain nothing has to move:
+    advance cache_lens by the accepted count.)
+
+    Args:
+        k_caches, v_caches: one tensor per layer, all of one shape, dtype and (among the keys, and
+            among the values) strides; [P, page, Hkv, D] or [P, Hkv, page, D] with layout "HND".
+        block_table: int32 [B, max_pages].
+        cache_lens: int32 [B], tokens cached before the step that drafted the tree.
+        accept_index: int32 or int64 [B, max_accept].
+        accept_lens: int32 [B].
+        layout: "NHD" or "HND".
+    """
+    _ops.kv_compact(
+        k_caches, v_caches, block_table, cache_lens, accept_index, accept_lens, layout=layout
+    )
