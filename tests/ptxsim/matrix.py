@@ -76,32 +76,30 @@ def _inverse(which: str, rows: int, cols: int, e: int) -> np.ndarray:
     return np.argsort(_operand_index(which, rows, cols, e))
 
 
-with np.errstate(invalid="ignore"):  # signalling NaNs
-    _TABLE_F8 = {
-        "f16": nx.f16_to_f32(np.arange(65536, dtype=U2)).astype(F8),
-        "bf16": nx.bf16_to_f32(np.arange(65536, dtype=U2)).astype(F8),
-        "e4m3": nx.e4m3_to_f32(np.arange(256, dtype=U1)).astype(F8),
-        "e5m2": nx.e5m2_to_f32(np.arange(256, dtype=U1)).astype(F8),
-        "s8": np.arange(256, dtype=U1).view(np.int8).astype(F8),
-        "u8": np.arange(256, dtype=F8),
-    }
+_CONVERT = {
+    "f16": nx.f16_to_f32,
+    "bf16": nx.bf16_to_f32,
+    "tf32": lambda x: (x & U4.type(0xFFFFE000)).view(F4),
+    "e4m3": nx.e4m3_to_f32,
+    "e5m2": nx.e5m2_to_f32,
+    "s8": lambda x: x.view(np.int8),
+    "u8": lambda x: x,
+}
 
 
-def _elements(regs: np.ndarray, t: str) -> np.ndarray:
-    """[W, registers, 32] words to f64 [W, registers * 32 * e]."""
-    words = regs.reshape(len(regs), -1)
-    if t == "tf32":
-        return (words & U4.type(0xFFFFE000)).view(F4).astype(F8)
-    return _TABLE_F8[t].take(words.view(f"u{_WIDTH[t]}"))
+def _matrix(regs: np.ndarray, t: str, which: str, rows: int, cols: int) -> np.ndarray:
+    """[W, registers, 32] words to f64 [W, rows, cols]."""
+    raw = regs.reshape(len(regs), -1).view(f"u{_WIDTH[t]}")
+    picked = raw.take(_operand_index(which, rows, cols, 4 // _WIDTH[t]), 1)
+    return _CONVERT[t](picked).astype(F8).reshape(len(regs), rows, cols)
 
 
 def mma(plan: MmaPlan, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Operands as [W, registers, 32] words; returns D likewise."""
     m, n, k, warps = plan.m, plan.n, plan.k, len(a)
-    ea, eb = 4 // _WIDTH[plan.a_type], 4 // _WIDTH[plan.b_type]
-    am = _elements(a, plan.a_type).take(_operand_index("a", m, k, ea), 1).reshape(warps, m, k)
-    bm = _elements(b, plan.b_type).take(_operand_index("b", k, n, eb), 1).reshape(warps, k, n)
-    product = np.matmul(am, bm).reshape(warps, m * n)
+    product = np.matmul(
+        _matrix(a, plan.a_type, "a", m, k), _matrix(b, plan.b_type, "b", k, n)
+    ).reshape(warps, m * n)
     ec = 2 if plan.c_type == "f16" else 1
     words = c.reshape(warps, -1)
     index = _operand_index("c", m, n, ec)

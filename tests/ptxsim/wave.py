@@ -359,16 +359,18 @@ class Wave:
         counts.requests += 1 + int(np.count_nonzero(threads[1:] >> 5 != threads[:-1] >> 5))
         counts.bytes += len(threads) * size
         counts.ideal_wavefronts += len(grid)
+        # A pattern's wavefronts do not depend on where it starts; most warps share one pattern.
         relative = grid - grid[:, :1]
-        rows = grid[:1] if (relative == relative[0]).all() else grid
-        if size > 4:
-            rows = (rows[:, :, None] + np.arange(size // 4)).reshape(len(rows), -1)
-        rows = np.sort(rows.astype(np.int32), axis=1)
-        distinct = np.ones(rows.shape, bool)
-        np.not_equal(rows[:, 1:], rows[:, :-1], out=distinct[:, 1:])
-        bank = ((rows & 31) + 32 * np.arange(len(rows), dtype=np.int32)[:, None])[distinct]
-        worst = np.bincount(bank, minlength=32 * len(rows)).reshape(-1, 32).max(1)
-        counts.wavefronts += int(worst.sum()) * (len(grid) // len(rows))
+        times = len(grid)
+        if (relative == relative[0]).all():
+            rows = relative[:1]
+        else:
+            # Offsets below 2^17 times weights below 2^30: exact sums in f64.
+            _, first, times = np.unique(
+                relative.astype(np.float64) @ _WEIGHTS[:group], return_index=True, return_counts=True
+            )
+            rows = relative[first]
+        counts.wavefronts += int((_wavefronts(rows, size) * times).sum())
 
     # --- global ----------------------------------------------------------------------------
 
@@ -705,33 +707,32 @@ class Wave:
         if op.space == "shared" and int(d.max()) >= SHARED_WINDOW:
             d = d - np.uint64(SHARED_WINDOW)
         s = self.pick(src, pos, n)
-        data = np.zeros((n, size), U1)
-        if source_size is None:
-            lengths = None
-        else:
-            lengths = np.minimum(self.pick(source_size, pos, n), size).astype(np.int64)
         copy = Op(op.instr, "global", size, klass="load")
+        low = np.uint64(size - 1)
+        if np.bitwise_or.reduce(s) & low:
+            bad = int(np.flatnonzero(s & low)[0])
+            self.fail(Misaligned, f"cp.async source is not {size}-byte aligned", op, threads[bad], s[bad])
+        step = min(size, 8)
+        data = np.zeros((n, size // step), f"u{step}")
+        lengths = np.full(1, size) if source_size is None else self.pick(source_size, pos, n)
         # Bytes beyond the source size are not read, so whole, partial and empty copies differ.
-        for length in (size,) if lengths is None else np.flatnonzero(np.bincount(lengths)).tolist():
-            at = slice(None) if lengths is None else np.flatnonzero(lengths == length)
-            if length == 0:
-                continue
+        for length in np.unique(np.minimum(lengths, size)).tolist():
+            some = length < size or not (lengths >= size).all()
+            at = np.flatnonzero(np.minimum(lengths, size) == length) if some else slice(None)
             a, t = s[at], threads[at]
-            if np.bitwise_or.reduce(a) & np.uint64(size - 1):
-                bad = int(np.flatnonzero(a & np.uint64(size - 1))[0])
-                self.fail(Misaligned, f"cp.async source is not {size}-byte aligned", op, t[bad], a[bad])
             if length == size:
                 self._global(copy, "load", a, t, size)
-                step = min(size, 8)
-                for i in range(0, size, step):
-                    data[at, i : i + step] = read_host(a + np.uint64(i), step).view(U1).reshape(-1, step)
+                for i in range(size // step):
+                    data[at, i] = read_host(a + np.uint64(step * i), step)
             else:
                 unit = 4 if length % 4 == 0 else 2 if length % 2 == 0 else 1
+                part = np.zeros((len(a), size), U1)
                 for i in range(0, length, unit):
                     self._global(copy, "load", a + np.uint64(i), t, unit)
-                    data[at, i : i + unit] = (
+                    part[:, i : i + unit] = (
                         read_host(a + np.uint64(i), unit).view(U1).reshape(-1, unit)
                     )
+                data[at] = part.view(data.dtype)
         flat = self._flat_shared(op, "cp.async", d, threads, size)
         if self.shadow is not None:
             lost = self._shadowed(
@@ -771,9 +772,8 @@ class Wave:
                 threads, flat, data = threads[ready], flat[ready], data[ready]
             step = min(size, 8)
             view = self._shared_views[step]
-            words = np.ascontiguousarray(data).view(f"u{step}")
             for i in range(size // step):
-                view[flat // step + i] = words[:, i]
+                view[flat // step + i] = data[:, i]
             if self.shadow is not None:
                 self.shadow.landed(flat, size, self.tid_of[threads])
         self.copies = rest
@@ -1149,6 +1149,20 @@ class Wave:
             return chr(bits & 255) if kind == "c" else spec.replace("u", "d") % bits
 
         return re.sub(r"%[-+ #0]*\d*(?:\.\d+)?[lhzjt]*[a-zA-Z%]", value, text)
+
+
+_WEIGHTS = np.random.default_rng(7).integers(1, 1 << 30, 32).astype(np.float64)
+
+
+def _wavefronts(rows: np.ndarray, size: int) -> np.ndarray:
+    """Per row of word addresses: the most distinct words that one bank has to deliver."""
+    if size > 4:
+        rows = (rows[:, :, None] + np.arange(size // 4)).reshape(len(rows), -1)
+    rows = np.sort(rows.astype(np.int32), axis=1)
+    distinct = np.ones(rows.shape, bool)
+    np.not_equal(rows[:, 1:], rows[:, :-1], out=distinct[:, 1:])
+    bank = ((rows & 31) + 32 * np.arange(len(rows), dtype=np.int32)[:, None])[distinct]
+    return np.bincount(bank, minlength=32 * len(rows)).reshape(-1, 32).max(1)
 
 
 # --- atomic arithmetic ---------------------------------------------------------------------
