@@ -597,13 +597,15 @@ def _bfe(p, instr):
 
     def fn(a, pos, length):
         pos, length = np.minimum(pos & U4.type(255), bits), np.minimum(length & U4.type(255), bits)
+        asked, at = length, np.minimum(pos + length - U4.type(1), bits - 1)  # at: the sign bit
+        if k[0] == "i":
+            length = np.minimum(length, bits - pos)
         au = a.view(u)
         shifted = np.where(pos < bits, au >> np.minimum(pos, bits - 1).astype(u), u.type(0))
         mask = np.where(length < bits, (u.type(1) << np.minimum(length, bits - 1).astype(u)) - u.type(1), ~u.type(0))
         out = shifted & mask
         if k[0] == "i":
-            at = np.minimum(pos + length - U4.type(1), bits - 1)
-            sign = ((au >> at.astype(u)) & u.type(1)).astype(bool) & (length > 0)
+            sign = ((au >> at.astype(u)) & u.type(1)).astype(bool) & (asked > 0)
             out = np.where(sign, out | ~mask, out)
         return out.astype(u).view(k)
 

@@ -127,7 +127,7 @@ def encode(x: np.ndarray, fmt: str) -> np.ndarray:
     x = np.where(nan, 0.0, np.clip(x, -greatest, greatest))
     man_bits, emin, _ = FORMATS[fmt]
     _, exponent = np.frexp(x)
-    exponent = np.maximum(exponent - 1, emin)
+    exponent = np.where(x == 0, emin, np.maximum(exponent - 1, emin))
     mantissa = np.ldexp(np.abs(x), man_bits - exponent).astype(np.int64)
     field = (exponent - emin).astype(np.int64) << man_bits
     out = (mantissa + field).astype(U1) | (np.signbit(x).astype(U1) << np.uint8(7))
@@ -225,7 +225,7 @@ def fmin(a: np.ndarray, b: np.ndarray, nan: bool) -> np.ndarray:
     out = np.minimum(a, b) if nan else np.fmin(a, b)
     zero = out == 0
     if zero.any():
-        out = np.where(zero & (np.signbit(a) | np.signbit(b)) & (a == b), -out * 0 - 0.0, out)
+        out = np.where(zero & (np.signbit(a) | np.signbit(b)) & (a == b), out.dtype.type(-0.0), out)
     return out.astype(a.dtype, copy=False)
 
 
