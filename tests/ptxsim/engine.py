@@ -625,6 +625,12 @@ class _Scheduler:
             weight = 32.0 / lanes
             expected = np.zeros(wave.ctas)
             expected[cta] = counts[threads]
+            differ = expected[cta] != counts[threads]
+            if differ.any():
+                t = int(threads[np.flatnonzero(differ)[0]])
+                wave.fail(
+                    BarrierError, f"barrier {number} is used with different thread counts", op, t
+                )
             if (expected[cta] % 32).any():
                 wave.fail(
                     BarrierError, "a barrier's thread count is not a multiple of the warp size",

@@ -46,12 +46,12 @@ def compile_cuda(source: str, arch: str = "sm_90a", flags: tuple[str, ...] = ())
 def run(
     module: Module, kernel: str, grid: int | tuple, block: int | tuple, *args: object, **options
 ) -> LaunchReport:
-    """Launches the one kernel whose name contains `kernel`. Arrays are passed as pointers.
+    """Launches `kernel`, given by its plain or mangled name. Arrays are passed as pointers.
 
     Arrays are known to reports as arg0, arg1, ... by their position; integers and floats are
     packed to the size of the parameter.
     """
-    (name,) = [k for k in module.kernels if kernel in k]
+    (name,) = [k for k in module.kernels if k == kernel or f"{len(kernel)}{kernel}" in k]
     params = module.kernels[name].params
     assert len(params) == len(args), f"{name} takes {len(params)} arguments"
     packed = bytearray(module.kernels[name].param_bytes)
