@@ -26,7 +26,7 @@ at::Tensor add_rms_norm(const at::Tensor& residual, const at::Tensor& weight,
   p.hidden = hidden;
   p.eps = static_cast<float>(eps);
   p.gemma_norm = gemma_norm;
-  run_on(kOp, residual, p, &cpu::launch_add_rms_norm, nullptr);
+  run_on(kOp, residual, p, &cpu::launch_add_rms_norm, MTP_CUDA_LAUNCHER(launch_add_rms_norm));
   return out;
 }
 

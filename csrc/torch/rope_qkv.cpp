@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_qkv(const at::Tensor& qkv,
   p.num_heads = num_heads;
   p.num_kv_heads = num_kv_heads;
   p.head_dim = head_dim;
-  run_on(kOp, qkv, p, &cpu::launch_rope_qkv, nullptr);
+  run_on(kOp, qkv, p, &cpu::launch_rope_qkv, MTP_CUDA_LAUNCHER(launch_rope_qkv));
   return {q, k, v};
 }
 

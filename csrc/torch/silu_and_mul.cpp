@@ -20,7 +20,7 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
   p.dtype = to_dtype(gate_up.scalar_type());
   p.rows = gate_up.size(0);
   p.width = gate_up.size(1) / 2;
-  run_on(kOp, gate_up, p, &cpu::launch_silu_and_mul, nullptr);
+  run_on(kOp, gate_up, p, &cpu::launch_silu_and_mul, MTP_CUDA_LAUNCHER(launch_silu_and_mul));
   return out;
 }
 
