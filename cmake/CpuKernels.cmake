@@ -48,7 +48,8 @@ function(mtp_cpu_kernels target)
       target_compile_definitions(${target}_${level} PRIVATE MTP_ISA=${level}
                                  MTP_ISA_LEVEL=${number} ${have})
       target_compile_options(${target}_${level} PRIVATE ${_isa_flags_${level}} ${optimise}
-                             -fno-math-errno -fno-trapping-math)
+                             -fno-math-errno -fno-trapping-math
+                             -Wno-maybe-uninitialized)  # GCC 105593: its own AVX-512 headers
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${level}>)
     endif()
     math(EXPR number "${number} + 1")
