@@ -23,7 +23,22 @@ def ints(t: str, n: int = 300) -> np.ndarray:
 
 
 def floats32(n: int = 600, wide: bool = True) -> np.ndarray:
-    edge = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 0.5, 1.5, 2.5, 3e38, 1e-45, -1e-40, 1e-38]
+    edge = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        1.0,
+        -1.0,
+        0.5,
+        1.5,
+        2.5,
+        3e38,
+        1e-45,
+        -1e-40,
+        1e-38,
+    ]
     spread = RNG.integers(-40, 40, n) if wide else RNG.integers(-3, 3, n)
     x = (RNG.standard_normal(n) * 2.0**spread).astype("f4")
     x[: len(edge)] = edge
@@ -244,7 +259,7 @@ def rounded(x: Fraction, fmt: str, mode: str = "rn") -> float:
     }[mode]  # fmt: skip
     value = n * ulp
     if abs(value) >= Fraction(2) ** top:
-        away = mode in ("rn", "rna") or (mode == "rp") == (x > 0) and mode != "rz"
+        away = mode in ("rn", "rna") or ((mode == "rp") == (x > 0) and mode != "rz")
         limit = (Fraction(2) - Fraction(2) ** (1 - precision)) * Fraction(2) ** (top - 1)
         return math.copysign(math.inf if away else float(limit), x)
     return float(value)
@@ -517,7 +532,12 @@ def test_flush_to_zero() -> None:
 
 def test_immediates_in_every_notation() -> None:
     a = np.ones(4, "f4")
-    for text, value in (("0f40490FDB", math.pi), ("0d4000000000000000", 2.0), ("0.5", 0.5), ("2.", 2.0)):
+    for text, value in (
+        ("0f40490FDB", math.pi),
+        ("0d4000000000000000", 2.0),
+        ("0.5", 0.5),
+        ("2.", 2.0),
+    ):
         got = elementwise(f"mul.f32 D, A, {text}", "f32", [("f32", a)]).view("f4")
         assert got[0] == np.float32(value)
     b = np.full(4, 5, "u4")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import numerics as nx
-from .numerics import F4, F8, I4, I8, U1, U2, U4, U8
+from .numerics import F4, F8, I4, I8, U2, U4, U8
 from .parser import Instr, Reg, type_size
 
 
@@ -86,7 +86,9 @@ def _shl_shr(p, instr):
     if instr.op == "shl":
         return Sem(_shift(np.left_shift, bits, np.zeros_like), (k, "u4"), k, "int")
     if k[0] == "i":
-        return Sem(_shift(np.right_shift, bits, lambda a: a >> a.dtype.type(bits - 1)), (k, "u4"), k, "int")
+        return Sem(
+            _shift(np.right_shift, bits, lambda a: a >> a.dtype.type(bits - 1)), (k, "u4"), k, "int"
+        )
     return Sem(_shift(np.right_shift, bits, np.zeros_like), (k, "u4"), k, "int")
 
 
@@ -147,7 +149,9 @@ def _mul24(p):
 
     if "hi" in p:
         wide = k[0] + "8"
-        return lambda a, b: ((low24(a).astype(wide) * low24(b).astype(wide)) >> _const(16, wide)).astype(k)
+        return lambda a, b: (
+            (low24(a).astype(wide) * low24(b).astype(wide)) >> _const(16, wide)
+        ).astype(k)
     return lambda a, b: low24(a) * low24(b)
 
 
@@ -442,7 +446,7 @@ def _min_max(p, instr):
     if is_int(t):
         fn = np.minimum if name == "min" else np.maximum
         if "relu" in p:
-            return Sem(lambda a, b: np.maximum(fn(a, b), k[0] and a.dtype.type(0)), (k, k), k, "int")
+            return Sem(lambda a, b: np.maximum(fn(a, b), a.dtype.type(0)), (k, k), k, "int")
         return Sem(fn, (k, k), k, "int")
     base = nx.fmin if name == "min" else nx.fmax
     nan, xor = "NaN" in p, "xorsign" in p
@@ -507,9 +511,7 @@ def _logic(p, instr):
 @op("lop3")
 def _lop3(p, instr):
     table = instr.operands[4].value
-    ands = [
-        (bool(i & 4), bool(i & 2), bool(i & 1)) for i in range(8) if table >> i & 1
-    ]
+    ands = [(bool(i & 4), bool(i & 2), bool(i & 1)) for i in range(8) if table >> i & 1]
     simple = {
         0x96: lambda a, b, c: a ^ b ^ c,
         0xFE: lambda a, b, c: a | b | c,
@@ -602,7 +604,11 @@ def _bfe(p, instr):
             length = np.minimum(length, bits - pos)
         au = a.view(u)
         shifted = np.where(pos < bits, au >> np.minimum(pos, bits - 1).astype(u), u.type(0))
-        mask = np.where(length < bits, (u.type(1) << np.minimum(length, bits - 1).astype(u)) - u.type(1), ~u.type(0))
+        mask = np.where(
+            length < bits,
+            (u.type(1) << np.minimum(length, bits - 1).astype(u)) - u.type(1),
+            ~u.type(0),
+        )
         out = shifted & mask
         if k[0] == "i":
             sign = ((au >> at.astype(u)) & u.type(1)).astype(bool) & (asked > 0)
@@ -619,7 +625,11 @@ def _bfi(p, instr):
 
     def fn(a, b, pos, length):
         pos, length = np.minimum(pos & U4.type(255), bits), np.minimum(length & U4.type(255), bits)
-        mask = np.where(length < bits, (u.type(1) << np.minimum(length, bits - 1).astype(u)) - u.type(1), ~u.type(0))
+        mask = np.where(
+            length < bits,
+            (u.type(1) << np.minimum(length, bits - 1).astype(u)) - u.type(1),
+            ~u.type(0),
+        )
         s = np.minimum(pos, bits - 1).astype(u)
         mask = np.where(pos < bits, mask << s, u.type(0)).astype(u)
         return (b & ~mask) | ((a << s) & mask)
@@ -830,13 +840,13 @@ def _set(p, instr):
             high = fn((a >> s16).astype(U2), (b >> s16).astype(U2), *c)
             return low.astype(U4) * U4.type(one) | (high.astype(U4) * U4.type(one) << s16)
 
-        return Sem(packed, ("u4", "u4") + extra, "u4", "fp16")
+        return Sem(packed, ("u4", "u4", *extra), "u4", "fp16")
     fn, k = _compare_kind(p, src)
     fn = with_combine(fn)
     one = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80}.get(dst, -1)
     out = unsigned(kind(dst))
     value = _const(one, out)
-    return Sem(lambda *xs: np.where(fn(*xs), value, np.zeros(1, out)), (k, k) + extra, out, "int")
+    return Sem(lambda *xs: np.where(fn(*xs), value, np.zeros(1, out)), (k, k, *extra), out, "int")
 
 
 @op("selp")
@@ -953,7 +963,12 @@ def _cvt(p, instr):
             if "sat" in p:
                 s, d = np.iinfo(ks), np.iinfo(kd)
                 low, high = max(s.min, d.min), min(s.max, d.max)
-                return Sem(lambda x: np.clip(x, x.dtype.type(low), x.dtype.type(high)).astype(kd), (ks,), kd, "cvt")
+                return Sem(
+                    lambda x: np.clip(x, x.dtype.type(low), x.dtype.type(high)).astype(kd),
+                    (ks,),
+                    kd,
+                    "cvt",
+                )
             return Sem(lambda x: x.astype(kd), (ks,), kd, "cvt")
         if dst in ("f32", "f64") and _mode(p) == "rn" and "sat" not in p:
             return Sem(lambda x: x.astype(kd), (ks,), kd, "cvt")
@@ -1017,6 +1032,3 @@ def _cvt(p, instr):
 def _mov(p, instr):
     k = unsigned(kind(p[-1])) if p[-1] != "pred" else "b1"
     return Sem(np.copy, (k,), k, "mov")
-
-
-_ = U1

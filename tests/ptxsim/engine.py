@@ -51,6 +51,8 @@ class Checks:
     counters: bool = True
 
 
+ALL_CHECKS = Checks()
+
 # Threads that run concurrently. Real devices hold more, but no kernel may rely on it unless it
 # is launched to fit; beyond this the arrays only get slower.
 WAVE_THREADS = 132 * 1024
@@ -101,7 +103,7 @@ def launch(
     memory: GlobalMemory,
     device: Device = H100,
     seed: int | None = None,
-    checks: Checks = Checks(),
+    checks: Checks = ALL_CHECKS,
     max_steps: int = 20_000_000,
 ) -> LaunchReport:
     """Executes one launch on host memory. `seed` asks for a random schedule."""
@@ -131,7 +133,9 @@ def launch(
     program: Program | None = kernel.__dict__.get("_program")
     if program is None:
         program = kernel.__dict__["_program"] = Program(kernel)
-    smem = -(-program.static_smem // 16) * 16 + dynamic_smem if dynamic_smem else program.static_smem
+    smem = (
+        -(-program.static_smem // 16) * 16 + dynamic_smem if dynamic_smem else program.static_smem
+    )
     if smem > device.smem_per_block_optin:
         refuse(f"{smem} bytes of shared memory; the device allows {device.smem_per_block_optin}")
 
@@ -139,7 +143,9 @@ def launch(
     report.threads = threads * ctas
     argument_bytes = np.zeros(-(-max(len(args), 8) // 8) * 8, np.uint8)
     argument_bytes[: len(args)] = np.frombuffer(args, np.uint8)
-    shadow = GlobalShadow(ctas, checks.global_races) if checks.global_races or checks.counters else None
+    shadow = (
+        GlobalShadow(ctas, checks.global_races) if checks.global_races or checks.counters else None
+    )
     warps = -(-threads // 32)
     per_cta = smem * (2 + (4 * warps + 4) // 4) + 32 * warps * program.local_size
     wave_ctas = max(1, min(ctas, WAVE_THREADS // (32 * warps), _WAVE_BYTES // max(per_cta, 1)))
@@ -192,7 +198,9 @@ class _Barrier:
 class _Scheduler:
     SPIN, SPIN_STRONG = 20_000, 64
 
-    def __init__(self, wave: Wave, program: Program, report: LaunchReport, max_steps: int, rng) -> None:
+    def __init__(
+        self, wave: Wave, program: Program, report: LaunchReport, max_steps: int, rng
+    ) -> None:
         self.wave, self.program, self.report, self.rng = wave, program, report, rng
         self.max_steps = max_steps
         self.blocks = program.blocks
@@ -322,7 +330,8 @@ class _Scheduler:
         for _, active, op in self.sleeping:
             t = int(active.threads[0])
             lines.append(
-                f"{active.count} threads wait for an mbarrier (line {op.instr.line}: {op.instr.text})"
+                f"{active.count} threads wait for an mbarrier "
+                f"(line {op.instr.line}: {op.instr.text})"
             )
             first = first or (op, t)
         op, t = first if first else (None, int(np.flatnonzero(wave.alive)[0]))
@@ -340,7 +349,7 @@ class _Scheduler:
             block = blocks[rank]
             if block.fn is None:
                 self.program.compile(block)
-            if block.sync is not None and not active.whole_warps:
+            if block.sync is not None and (block.sync[1] is not None or not active.whole_warps):
                 active = self.collect(block, rank, active)
                 if active is None:
                     current = self.pick()
@@ -357,7 +366,10 @@ class _Scheduler:
             if steps > self.max_steps:
                 instr = block.instrs[0]
                 wave.fail(
-                    StepLimit, f"more than {self.max_steps} steps", Op(instr), int(active.threads[0])
+                    StepLimit,
+                    f"more than {self.max_steps} steps",
+                    Op(instr),
+                    int(active.threads[0]),
                 )
             term = block.term
             if term == "fall" or term == "jump":
@@ -460,7 +472,9 @@ class _Scheduler:
                 self.push(target, self.group(at))
         return None
 
-    def split(self, active: Active, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def split(
+        self, active: Active, mask: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Threads for which the guard holds, and the others (None if there are none)."""
         threads = active.threads
         if mask is None:
@@ -528,17 +542,18 @@ class _Scheduler:
             if active.idx is None:
                 member = member[threads]
         weights = (np.uint32(1) << np.arange(32, dtype=np.uint32)).astype(np.uint32)
+        own = member & weights[threads & 31]
+        if instr.guard is None and (own == 0).any():
+            t = int(threads[np.flatnonzero(own == 0)[0]])
+            wave.fail(BarrierError, "a lane is not in its own member mask", Op(instr), t)
+        if active.whole_warps:
+            return active
         if present is None:
             present_bits = np.full(len(warps), 0xFFFFFFFF, np.uint32)
         else:
             present_bits = (present * weights).sum(1, dtype=np.uint32)
         alive_bits = (wave.alive.reshape(-1, 32)[warps] * weights).sum(1, dtype=np.uint32)
         row = np.searchsorted(warps, threads >> 5)
-        lane_bit = weights[threads & 31]
-        guard = instr.guard is None
-        if guard and ((member & lane_bit) == 0).any():
-            t = int(threads[np.flatnonzero((member & lane_bit) == 0)[0]])
-            wave.fail(BarrierError, "a lane is not in its own member mask", Op(instr), t)
         ok = (member & alive_bits[row] & ~present_bits[row]) == 0
         if ok.all():
             return active
@@ -565,7 +580,9 @@ class _Scheduler:
                 self.report.barriers += self.live_ctas()
                 if action == "red":
                     wave.base[dest] = self.reduced(
-                        reduce, wave.everyone, np.broadcast_to(predicate, (wave.slots,)) & wave.alive
+                        reduce,
+                        wave.everyone,
+                        np.broadcast_to(predicate, (wave.slots,)) & wave.alive,
                     ).astype(wave.base[dest].dtype)
                 return following
         self.flush(self.blocks[following].live_in)
@@ -609,7 +626,9 @@ class _Scheduler:
         voters = np.bincount(cta, wave.alive[threads], wave.ctas).astype(np.int64)
         return hits[cta] == voters[cta]
 
-    def arrive(self, number: int, op: Op, threads: np.ndarray, counts, votes, following: int) -> None:
+    def arrive(
+        self, number: int, op: Op, threads: np.ndarray, counts, votes, following: int
+    ) -> None:
         wave = self.wave
         action = op.extra[0]
         state = self.barriers.get(number)

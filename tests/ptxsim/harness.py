@@ -70,9 +70,7 @@ def run(
         x = (x,) if isinstance(x, int) else x
         return (*x, *(1,) * (3 - len(x)))
 
-    return launch(
-        module, name, three(grid), three(block), bytes(packed), memory=memory, **options
-    )
+    return launch(module, name, three(grid), three(block), bytes(packed), memory=memory, **options)
 
 
 def ptx_kernel(body: str, params: int, target: str = "sm_90a", shared: int = 0) -> Module:
@@ -83,7 +81,7 @@ def ptx_kernel(body: str, params: int, target: str = "sm_90a", shared: int = 0) 
 .version 9.0
 .target {target}
 .address_size 64
-.visible .entry k({', '.join(f'.param .u64 k_{i}' for i in range(params))})
+.visible .entry k({", ".join(f".param .u64 k_{i}" for i in range(params))})
 {{
 .reg .b64 %p<{params + 1}>;
 .reg .b64 %a<8>;

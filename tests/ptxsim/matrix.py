@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import numerics as nx
-from .numerics import F4, F8, I4, I8, U1, U2, U4
+from .numerics import F4, F8, I4, I8, U2, U4
 from .parser import Instr
 
 

@@ -64,7 +64,7 @@ def f32_to_f16(x: np.ndarray) -> np.ndarray:
 
 def f32_to_bf16(x: np.ndarray) -> np.ndarray:
     bits = x.view(U4)
-    out = ((bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16))
+    out = (bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
     out = out.astype(U2)
     nan = np.isnan(x)
     if nan.any():

@@ -262,9 +262,7 @@ class Program:
             instr.operands = [self._resolve_special(o) for o in instr.operands]
         leaders = {0, *labels.values()}
         for i, instr in enumerate(instrs):
-            if instr.op in ("bra", "brx", "exit", "ret", "trap"):
-                leaders.add(i + 1)
-            elif _is_barrier(instr):
+            if instr.op in ("bra", "brx", "exit", "ret", "trap") or _is_barrier(instr):
                 leaders.add(i + 1)
             elif _is_wait(instr):
                 leaders |= {i, i + 1}
@@ -278,7 +276,7 @@ class Program:
                 synced = mask is None
         starts = sorted(x for x in leaders if x < len(instrs))
         index_of = {s: k for k, s in enumerate(starts)}
-        ends = starts[1:] + [len(instrs)]
+        ends = [*starts[1:], len(instrs)]
         blocks: list[Block] = []
         count = len(starts)
 
@@ -383,7 +381,7 @@ class Program:
             for instr in block.instrs:
                 try:
                     sem = alu.semantics(instr)
-                except Exception:  # noqa: BLE001 - reported when the instruction is reached
+                except Exception:
                     continue
                 if sem:
                     for o, k in zip(instr.operands[1:], sem.ins):
@@ -480,7 +478,9 @@ _SPACES = ("global", "shared", "local", "param", "const")
 def memory_op(instr: Instr, klass: str, type_at: int = -1) -> Op:
     """Reads the qualifiers of ld, st, atom and red."""
     parts = instr.parts
-    space = next((s for p in parts[1:] for s in _SPACES if p == s or p.startswith(s + "_")), "generic")
+    space = next(
+        (s for p in parts[1:] for s in _SPACES if p == s or p.startswith(s + "_")), "generic"
+    )
     size = type_size(parts[type_at])
     count = next((int(p[1]) for p in parts if p in ("v2", "v4", "v8")), 1)
     strong = bool({"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"} & set(parts))
@@ -523,12 +523,10 @@ class _Compiler:
         block.saves &= sum(1 << r for r in self.written)
         loads = [f"r{r} = R[{r}]" for r in sorted(self.loaded)]
         saves = [f"R[{r}] = r{r}" for r in bits(block.saves)]
-        source = "\n ".join(
-            ["def block(S, R):", *loads, *self.lines, *saves, f"return {result}"]
-        )
+        source = "\n ".join(["def block(S, R):", *loads, *self.lines, *saves, f"return {result}"])
         scope = self.p.env
         code = compile(source, f"<{self.p.kernel.name} block {block.rank}>", "exec")
-        exec(code, scope)  # noqa: S102
+        exec(code, scope)
         block.fn = scope.pop("block")
 
     def unknown(self, instr: Instr, why: str = "") -> None:
@@ -692,7 +690,14 @@ class _Compiler:
             )
         elif isinstance(src, Reg) and src.index in (
             self.p.specials.get(n)
-            for n in ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
+            for n in (
+                "%clock",
+                "%clock64",
+                "%clock_hi",
+                "%globaltimer",
+                "%globaltimer_lo",
+                "%globaltimer_hi",
+            )
         ):
             k = f"u{type_size(t)}"
             self.count("mov")
@@ -709,7 +714,9 @@ class _Compiler:
         self.count("int")
         parts = instr.parts
         space = next(p for p in parts if p.split("_")[0] in _SPACES).split("_")[0]
-        window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}.get(space, 0)
+        window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}.get(
+            space, 0
+        )
         expr = self.get(instr.operands[1], "u8")
         if window:
             sign = "-" if "to" in parts else "+"
@@ -1024,7 +1031,9 @@ class _Compiler:
             dest = instr.operands[0]
             done, addr = self.temp(), self.temp()
             self.lines.append(f"{addr} = {self.mem(instr.operands[1])}")
-            self.lines.append(f"{done} = S.mbar_test({op}, {addr}, {arg}, {parity}, {self.mask()})[0]")
+            self.lines.append(
+                f"{done} = S.mbar_test({op}, {addr}, {arg}, {parity}, {self.mask()})[0]"
+            )
             self.put(dest, done, "b1")
             return f"({op}, {addr}, {done}, {self.mask()})"
         # Barriers.
@@ -1038,7 +1047,9 @@ class _Compiler:
         which = self.get(ops[0], "u4")
         count = self.get(ops[1], "u4") if len(ops) > 1 else "None"
         aligned = instr.op == "bar" or "aligned" in parts
-        op = Op(instr, klass="barrier", extra=(action, reduce, dest.index if dest else None, aligned))
+        op = Op(
+            instr, klass="barrier", extra=(action, reduce, dest.index if dest else None, aligned)
+        )
         return f"({self.op(op)}, {which}, {count}, {predicate}, {self.mask()})"
 
 
@@ -1055,4 +1066,3 @@ def _imm_bits(o: Imm, k: str) -> int:
     if k in ("f4", "u4", "i4"):
         return int(np.array([o.value], "u8").view("f8").astype("f4").view("u4")[0])
     return o.value
-

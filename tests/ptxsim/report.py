@@ -82,7 +82,8 @@ class LaunchReport:
         """The report as text."""
         out = [
             f"{self.kernel}",
-            f"grid {self.grid} block {self.block} shared {self.static_smem}+{self.dynamic_smem} bytes",
+            f"grid {self.grid} block {self.block} "
+            f"shared {self.static_smem}+{self.dynamic_smem} bytes",
             f"{self.thread_instructions} thread instructions, {self.warp_instructions} warp "
             f"instructions, {self.mma} mma, {self.barriers} barriers, "
             f"{self.bank_conflicts} extra shared wavefronts",
@@ -90,7 +91,20 @@ class LaunchReport:
             + ", ".join(f"{k} {n}" for k, n in sorted(self.by_class.items())),
         ]
         if self.buffers:
-            rows = [("buffer", "loaded", "unique", "reread", "sectors", "eff", "stored", "unique", "sectors", "atomic")]
+            rows = [
+                (
+                    "buffer",
+                    "loaded",
+                    "unique",
+                    "reread",
+                    "sectors",
+                    "eff",
+                    "stored",
+                    "unique",
+                    "sectors",
+                    "atomic",
+                )
+            ]
             for name, b in self.buffers.items():
                 reread = b.loaded_bytes / b.unique_loaded_bytes if b.unique_loaded_bytes else 0.0
                 rows.append((
@@ -101,7 +115,9 @@ class LaunchReport:
                 ))  # fmt: skip
             out += ["", *_columns(rows)]
         if self.lines:
-            rows = [("line", "requests", "bytes", "sectors", "ideal", "waves", "ideal", "source", "ptx")]
+            rows = [
+                ("line", "requests", "bytes", "sectors", "ideal", "waves", "ideal", "source", "ptx")
+            ]
             for key in sorted(self.lines):
                 n = self.lines[key]
                 rows.append((

@@ -127,7 +127,9 @@ class SharedShadow:
         other = stamp & ((1 << _THREAD_BITS) - 1)
         time = stamp >> _THREAD_BITS
         known = self.known[cta, thread >> 5, other >> 5]
-        return ((other == thread) & (time < _LAST)) | (known >= time) & (time < _LAST) | (stamp == 0)
+        return (
+            ((other == thread) & (time < _LAST)) | (known >= time) & (time < _LAST) | (stamp == 0)
+        )
 
     def _check(
         self, plane: np.ndarray, rows: np.ndarray, k: int, where: tuple, what: str, now: str,
@@ -160,7 +162,11 @@ class SharedShadow:
             raise Found(
                 SharedRace,
                 f"shared memory race: {now} of bytes that thread {stamp & 1023} "
-                + ("copies with a cp.async nothing waited for" if pending else f"{what} without a barrier between"),
+                + (
+                    "copies with a cp.async nothing waited for"
+                    if pending
+                    else f"{what} without a barrier between"
+                ),
                 bad,
             )
 
@@ -198,7 +204,7 @@ class SharedShadow:
         """
         self.touched = True
         rows, k = self._rows(flat, size)
-        thread, cta = where
+        thread = where[0]
         if self.races:
             if not strong:
                 self._check(self.writer, rows, k, where, "wrote", "write", excuse)
@@ -346,6 +352,7 @@ class RegionShadow:
         self.loaded = np.zeros(n, np.int64 if self.track else np.uint8)
         self.stored: np.ndarray | None = None
         self.atomic: np.ndarray | None = None
+        self.polled: np.ndarray | None = None  # strong loads: counted, but no party to a race
 
     def _rows(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, int]:
         while self.granule > size:
@@ -355,6 +362,8 @@ class RegionShadow:
                 self.stored = np.repeat(self.stored, 2)
             if self.atomic is not None:
                 self.atomic = np.repeat(self.atomic, 2)
+            if self.polled is not None:
+                self.polled = np.repeat(self.polled, 2)
         return (addresses - np.uint64(self.start)).view(np.int64) // size, size // self.granule
 
     def _plane(self, name: str) -> np.ndarray:
@@ -380,7 +389,7 @@ class RegionShadow:
     ) -> None:  # fmt: skip
         if plane is None:
             return
-        stamps = (plane.reshape(-1, k)[rows] if k > 1 else plane[rows][:, None])
+        stamps = plane.reshape(-1, k)[rows] if k > 1 else plane[rows][:, None]
         bad = (stamps != 0) & ((stamps & (_CTA_MASK | _ANY)) != (cta + 1)[:, None])
         if not bad.any():
             return
@@ -443,8 +452,14 @@ class RegionShadow:
                     self._conflicts(shadow, self.loaded, rows, k, cta, "atomic on bytes read by")
             if kind != "load":
                 self._mark(self._plane("atomic"), rows, k, stamp, False)
+                return None
+            if self.polled is None:
+                self.polled = np.zeros(len(self.loaded), np.uint8)
+            self.polled.reshape(-1, k)[rows] = 1
         return None
 
     def unique(self, name: str) -> int:
         plane = getattr(self, name)
+        if name == "loaded" and self.polled is not None:
+            plane = (plane != 0) | (self.polled != 0)
         return 0 if plane is None else int(np.count_nonzero(plane)) * self.granule

@@ -13,16 +13,15 @@ from . import matrix
 from . import numerics as nx
 from .errors import (
     BarrierError,
+    GlobalRace,
     LaunchError,
     Misaligned,
     OutOfBounds,
-    PtxSimError,
     SharedRace,
-    GlobalRace,
     UnknownInstruction,
 )
 from .memory import GlobalMemory, read_host, write_host
-from .numerics import F4, I4, I8, U1, U2, U4, U8
+from .numerics import F4, U1, U2, U4, U8
 from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_BASE, SHARED_WINDOW, Op, Program
 from .report import BufferCounts, LaunchReport, LineCounts
 from .shadow import Found, GlobalShadow, SharedShadow
@@ -30,6 +29,9 @@ from .shadow import Found, GlobalShadow, SharedShadow
 _LANES = np.arange(32)
 _BITS = (np.uint32(1) << np.arange(32, dtype=U4)).astype(U4)
 _EMPTY = np.zeros(0, np.int64)
+
+
+_WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
 
 
 class Active:
@@ -137,9 +139,7 @@ class Wave:
         base: list[np.ndarray] = []
         for k in self.program.home:
             poison = {"b1": 0, "u2": 0x7FFF, "i2": 0x7FFF}.get(k, 0x7FC0DEAD)
-            base.append(
-                np.array([poison], "u" + k[1]).view(k) if k != "b1" else np.zeros(1, bool)
-            )
+            base.append(np.array([poison], "u" + k[1]).view(k) if k != "b1" else np.zeros(1, bool))
         tid = self.tid_of.astype(np.int64)
         cta = self.cta_of + self.first_cta
         bx, by, _ = self.block_dim
@@ -184,7 +184,14 @@ class Wave:
         for name, r in self.program.specials.items():
             k = self.program.home[r]
             value = values[name]() if name in values else one(0)
-            base[r] = (np.asarray(value).astype(np.int64) & (2 ** (8 * int(k[1])) - 1 if k[1] != "8" else -1)).astype("u" + k[1]).view(k)
+            base[r] = (
+                (
+                    np.asarray(value).astype(np.int64)
+                    & (2 ** (8 * int(k[1])) - 1 if k[1] != "8" else -1)
+                )
+                .astype("u" + k[1])
+                .view(k)
+            )
         self.base = base
 
     # --- errors ----------------------------------------------------------------------------
@@ -215,7 +222,9 @@ class Wave:
         tid = int(tid)
         return tid % bx, tid // bx % by, tid // (bx * by)
 
-    def fail(self, kind: type, message: str, op: Op | None, thread: int | None, address=None) -> None:
+    def fail(
+        self, kind: type, message: str, op: Op | None, thread: int | None, address=None
+    ) -> None:
         where = self.location(op, thread)
         if address is not None:
             where["address"] = hex(int(address))
@@ -303,7 +312,9 @@ class Wave:
             self.report.lines[key] = counts
         return counts
 
-    def _count_global(self, op: Op, kind: str, region: int, a: np.ndarray, threads: np.ndarray, size: int) -> None:
+    def _count_global(
+        self, op: Op, kind: str, region: int, a: np.ndarray, threads: np.ndarray, size: int
+    ) -> None:
         warp = threads >> 5
         # One key per warp and sector; accesses are in thread order, so mostly sorted already.
         key = (warp << 42) | (a >> np.uint64(5)).view(np.int64)
@@ -367,14 +378,18 @@ class Wave:
         else:
             # Offsets below 2^17 times weights below 2^30: exact sums in f64.
             _, first, times = np.unique(
-                relative.astype(np.float64) @ _WEIGHTS[:group], return_index=True, return_counts=True
+                relative.astype(np.float64) @ _WEIGHTS[:group],
+                return_index=True,
+                return_counts=True,
             )
             rows = relative[first]
         counts.wavefronts += int((_wavefronts(rows, size) * times).sum())
 
     # --- global ----------------------------------------------------------------------------
 
-    def _global(self, op: Op, kind: str, a: np.ndarray, threads: np.ndarray, size: int, excuse=None):
+    def _global(
+        self, op: Op, kind: str, a: np.ndarray, threads: np.ndarray, size: int, excuse=None
+    ):
         """Checks, records and counts one access per lane. Returns lost writes, if any."""
         low = np.uint64(size - 1)
         if np.bitwise_or.reduce(a) & low:
@@ -426,7 +441,13 @@ class Wave:
                     self.globals, kind, a, size, cta, op.strong or kind == "atomic", excuse
                 )
             except Found as found:
-                self.fail(found.kind, f"{found.message} ({r.name})", op, threads[found.lane], a[found.lane])
+                self.fail(
+                    found.kind,
+                    f"{found.message} ({r.name})",
+                    op,
+                    threads[found.lane],
+                    a[found.lane],
+                )
         if self.checks.counters:
             self._count_global(op, kind, region, a, threads, size)
         return lost
@@ -447,15 +468,25 @@ class Wave:
 
     # --- shared ----------------------------------------------------------------------------
 
-    def _flat_shared(self, op: Op, kind: str, address: np.ndarray, threads: np.ndarray, size: int) -> np.ndarray:
+    def _flat_shared(
+        self, op: Op, kind: str, address: np.ndarray, threads: np.ndarray, size: int
+    ) -> np.ndarray:
         """Checked positions in the wave's shared memory."""
         address = address.astype(np.int64)
         if np.bitwise_or.reduce(address) & (size - 1):
             bad = int(np.flatnonzero(address & (size - 1))[0])
-            self.fail(Misaligned, f"shared {kind} of {size} bytes is misaligned", op, threads[bad], address[bad])
+            self.fail(
+                Misaligned,
+                f"shared {kind} of {size} bytes is misaligned",
+                op,
+                threads[bad],
+                address[bad],
+            )
         if address.min() < SHARED_BASE or address.max() + size > SHARED_BASE + self.smem:
             bad = int(
-                np.flatnonzero((address < SHARED_BASE) | (address + size > SHARED_BASE + self.smem))[0]
+                np.flatnonzero(
+                    (address < SHARED_BASE) | (address + size > SHARED_BASE + self.smem)
+                )[0]
             )
             self.fail(
                 OutOfBounds,
@@ -499,11 +530,10 @@ class Wave:
             return op.space
         high = int(a.max()) >> 56, int(a.min()) >> 56
         spaces = [
-            "global" if h == 0 else "shared" if h == 1 else "local" if h == 2 else "param" for h in high
+            "global" if h == 0 else "shared" if h == 1 else "local" if h == 2 else "param"
+            for h in high
         ]
         return spaces[0] if spaces[0] == spaces[1] else None
-
-    _WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
 
     def load(self, op: Op, address: np.ndarray, mask) -> list[np.ndarray]:
         pos, threads = self.lanes(mask)
@@ -515,8 +545,8 @@ class Wave:
         if space is None:
             values = self._mixed(op, a, threads, None)
         else:
-            if op.space == "generic" and space in self._WINDOWS:
-                a = a - np.uint64(self._WINDOWS[space])
+            if op.space == "generic" and space in _WINDOWS:
+                a = a - np.uint64(_WINDOWS[space])
             values = self._load(op, space, a, threads)
         return values if pos is None else [self.spread(v, pos) for v in values]
 
@@ -555,10 +585,14 @@ class Wave:
         self.unknown(op, f"load from .{space}")
         return []
 
-    def _flat_local(self, op: Op, kind: str, a: np.ndarray, threads: np.ndarray, size: int) -> np.ndarray:
+    def _flat_local(
+        self, op: Op, kind: str, a: np.ndarray, threads: np.ndarray, size: int
+    ) -> np.ndarray:
         offset = a.astype(np.int64)
         if np.bitwise_or.reduce(offset) & (size - 1):
-            self.fail(Misaligned, f"local {kind} of {size} bytes is misaligned", op, threads[0], a[0])
+            self.fail(
+                Misaligned, f"local {kind} of {size} bytes is misaligned", op, threads[0], a[0]
+            )
         if offset.min() < 0 or offset.max() + size > self.program.local_size:
             bad = int(np.flatnonzero((offset < 0) | (offset + size > self.program.local_size))[0])
             self.fail(OutOfBounds, f"local {kind} outside local memory", op, threads[bad], a[bad])
@@ -571,7 +605,7 @@ class Wave:
         for bit, space in ((0, "global"), (1, "shared"), (2, "local"), (4, "param")):
             at = np.flatnonzero(kinds == bit)
             if len(at):
-                part = a[at] - np.uint64(self._WINDOWS.get(space, 0))
+                part = a[at] - np.uint64(_WINDOWS.get(space, 0))
                 if values is None:
                     for o, v in zip(out, self._load(op, space, part, threads[at])):
                         o[at] = v
@@ -590,8 +624,8 @@ class Wave:
         if space is None:
             self._mixed(op, a, threads, chosen)
             return
-        if op.space == "generic" and space in self._WINDOWS:
-            a = a - np.uint64(self._WINDOWS[space])
+        if op.space == "generic" and space in _WINDOWS:
+            a = a - np.uint64(_WINDOWS[space])
         self._store(op, space, a, threads, chosen)
 
     def _store(self, op: Op, space: str, a: np.ndarray, threads: np.ndarray, values) -> None:
@@ -656,7 +690,9 @@ class Wave:
 
     # --- atomics ---------------------------------------------------------------------------
 
-    def atomic(self, op: Op, address: np.ndarray, mask, elements: tuple, want: bool) -> list[np.ndarray]:
+    def atomic(
+        self, op: Op, address: np.ndarray, mask, elements: tuple, want: bool
+    ) -> list[np.ndarray]:
         pos, threads = self.lanes(mask)
         n = len(threads)
         dtype = f"u{op.size}"
@@ -666,8 +702,8 @@ class Wave:
         space = self._space(op, a)
         if space is None:
             self.unknown(op, "atomic on mixed address spaces")
-        if op.space == "generic" and space in self._WINDOWS:
-            a = a - np.uint64(self._WINDOWS[space])
+        if op.space == "generic" and space in _WINDOWS:
+            a = a - np.uint64(_WINDOWS[space])
         total = op.size * len(elements)
         order = None
         if self.rng is not None:
@@ -711,7 +747,9 @@ class Wave:
         low = np.uint64(size - 1)
         if np.bitwise_or.reduce(s) & low:
             bad = int(np.flatnonzero(s & low)[0])
-            self.fail(Misaligned, f"cp.async source is not {size}-byte aligned", op, threads[bad], s[bad])
+            self.fail(
+                Misaligned, f"cp.async source is not {size}-byte aligned", op, threads[bad], s[bad]
+            )
         step = min(size, 8)
         data = np.zeros((n, size // step), f"u{step}")
         lengths = np.full(1, size) if source_size is None else self.pick(source_size, pos, n)
@@ -802,23 +840,25 @@ class Wave:
         a = self.pick(address, pos, n)
         if int(a.max()) >= SHARED_WINDOW:
             a = a - np.uint64(SHARED_WINDOW)
-        counters, self_counters = self.checks.counters, self.checks
-        del counters, self_counters
         return pos, threads, self._flat_shared(op, "mbarrier", a, threads, 8)
 
     def _mbar_pending(self, op: Op, address: np.ndarray, mask, by: int) -> None:
-        _, threads, flat = self._mbar_flat(op, address, mask)
+        _, _, flat = self._mbar_flat(op, address, mask)
         view = self._shared_views[8]
         np.add.at(view, flat >> 3, np.uint64(by))
 
-    def mbar_update(self, op: Op, kind: str, address, count, tx, drop: bool, mask) -> list[np.ndarray]:
+    def mbar_update(
+        self, op: Op, kind: str, address, count, tx, drop: bool, mask
+    ) -> list[np.ndarray]:
         pos, threads, flat = self._mbar_flat(op, address, mask)
         n = len(threads)
         if n == 0:
             return [np.zeros(self.active.width, U8)]
         index = flat >> 3
         view = self._shared_views[8]
-        counts = np.ones(n, np.int64) if count is None else self.pick(count, pos, n).astype(np.int64)
+        counts = (
+            np.ones(n, np.int64) if count is None else self.pick(count, pos, n).astype(np.int64)
+        )
         txs = np.zeros(n, np.int64) if tx is None else self.pick(tx, pos, n).astype(np.int64)
         if kind == "init":
             c = counts.astype(U8)
@@ -857,7 +897,9 @@ class Wave:
                     expected -= int(counts[i])
                 if know is not None:
                     f = int(flat[i])
-                    slot = self.mbar_known.setdefault(f, np.zeros((2, self.warps_per_cta), np.int32))
+                    slot = self.mbar_known.setdefault(
+                        f, np.zeros((2, self.warps_per_cta), np.int32)
+                    )
                     np.maximum(slot[0], know[i], out=slot[0])
             if pending == 0 and left == 0:
                 phase ^= 1
@@ -909,7 +951,10 @@ class Wave:
         if uniform:
             delta, control = b.astype(np.int64) & 31, c.astype(np.int64)
         else:
-            delta, control = self.to_warps(b).astype(np.int64) & 31, self.to_warps(c).astype(np.int64)
+            delta, control = (
+                self.to_warps(b).astype(np.int64) & 31,
+                self.to_warps(c).astype(np.int64),
+            )
         clamp, segment = control & 31, (control >> 8) & 31
         low = _LANES & segment
         high = low | (clamp & ~segment & 31)
@@ -983,7 +1028,12 @@ class Wave:
         return self.from_warps((ones == member_w) | (ones == 0))
 
     def match(self, mode: str, a, member, mask) -> tuple[np.ndarray, np.ndarray]:
-        values, members = self.to_warps(a), self.to_warps(np.broadcast_to(member, (self.active.width,)) if member.size == 1 else member)
+        values, members = (
+            self.to_warps(a),
+            self.to_warps(
+                np.broadcast_to(member, (self.active.width,)) if member.size == 1 else member
+            ),
+        )
         present = self.present(mask)
         equal = values[:, :, None] == values[:, None, :]
         if present is not None:
@@ -1000,7 +1050,9 @@ class Wave:
         present = self.present(mask)
         members = None
         if not (member.size == 1 and member[0] == 0xFFFFFFFF):
-            members = self.to_warps(np.repeat(member, self.active.width) if member.size == 1 else member)
+            members = self.to_warps(
+                np.repeat(member, self.active.width) if member.size == 1 else member
+            )
         if absolute:
             values = np.abs(values)
         fn = {
@@ -1032,10 +1084,16 @@ class Wave:
         present = self.present(mask)
         rows = len(self.active.layout[0])
         lanes = np.ones((rows, 32), bool) if present is None else present
-        lanes = lanes & ((self.to_warps(np.repeat(member, self.active.width) if member.size == 1 else member) & _BITS) != 0)
+        lanes = lanes & (
+            (
+                self.to_warps(np.repeat(member, self.active.width) if member.size == 1 else member)
+                & _BITS
+            )
+            != 0
+        )
         leader = lanes.argmax(1)
         first = np.repeat(leader.astype(U4), 32).reshape(-1, 32)
-        return self.from_warps(first), self.from_warps(_LANES == leader[:, None])
+        return self.from_warps(first), self.from_warps(leader[:, None] == _LANES)
 
     # --- matrices --------------------------------------------------------------------------
 
@@ -1044,11 +1102,15 @@ class Wave:
 
     def mma(self, plan, a: tuple, b: tuple, c: tuple) -> list[np.ndarray]:
         present = self.active.layout[2]
-        self.report.mma += len(self.active.layout[0]) if present is None else int(present.any(1).sum())
+        self.report.mma += (
+            len(self.active.layout[0]) if present is None else int(present.any(1).sum())
+        )
         out = matrix.mma(plan, self._stack(a), self._stack(b), self._stack(c))
         return [self.from_warps(np.ascontiguousarray(out[:, i])) for i in range(out.shape[1])]
 
-    def _row_lanes(self, address: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _row_lanes(
+        self, address: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row addresses of 8 * count lanes per warp, their threads, and the warps that count."""
         warps, _, present = self.active.layout
         rows = self.to_warps(address)[:, : 8 * count]
@@ -1114,7 +1176,9 @@ class Wave:
             words = [self._local_word(t, o, 8) for o in offsets[:2]]
             if name == "__assertfail":
                 where = f"{self._string(words[1])}:{self._local_word(t, offsets[2], 4)}"
-                self.fail(LaunchError, f"assertion failed: {self._string(words[0])} at {where}", op, t)
+                self.fail(
+                    LaunchError, f"assertion failed: {self._string(words[0])} at {where}", op, t
+                )
             text = self._string(words[0])
             self.report.printed.append(self._format(text, t, words[1]))
             if result is not None:
@@ -1241,6 +1305,3 @@ def _apply(action: str, t: str, old: np.ndarray, operands: list) -> np.ndarray:
     if k[0] == "f" and action != "add":
         fn = np.fmin if action == "min" else np.fmax
     return fn(old.view(k), x.view(k)).view(old.dtype)
-
-
-_ = (I4, I8, PtxSimError)
