@@ -176,18 +176,13 @@ class Llama:
         return residual if x is None else residual.add_(x)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """What the LM head sees: [..., H] in the weights' dtype."""
-        return (
-            F.rms_norm(hidden, (hidden.shape[-1],), eps=self.config.rms_eps)
-            .mul(self.norm.float())
-            .to(self.dtype)
-        )
+        """What the LM head sees of hidden f32 [T, H], in the weights' dtype."""
+        return ops.add_rms_norm(hidden, self.norm, eps=self.config.rms_eps)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] in the weights' dtype, from what `forward` returned."""
-        normed = ops.add_rms_norm(hidden, self.norm, eps=self.config.rms_eps)
-        return ops.skinny_linear(normed, self.lm_head)
+        return ops.skinny_linear(self.final_norm(hidden), self.lm_head)
 
     @torch.no_grad()
     def forward_dense(self, token_ids: Tensor) -> Tensor:
