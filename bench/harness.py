@@ -18,6 +18,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -76,6 +77,17 @@ class Case:
 
 def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def random_values(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale: float = 1.0
+) -> torch.Tensor:
+    """Normal values, made faster than randn for large weights: a repeated block of odd length, so
+    that no two rows are equal. int8 is scaled to its range."""
+    count = math.prod(shape)
+    block = torch.randn(min(count, 999_983), device=device) * scale
+    block = (block * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else block.to(dtype)
+    return block.repeat(-(-count // len(block)))[:count].view(shape)
 
 
 def clone(value: Any) -> Any:
