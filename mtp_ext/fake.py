@@ -169,3 +169,83 @@ def _kv_compact(
     _check_shape(op, "accept_index", accept_index, batch, None)
     _check_dtype(op, "accept_lens", accept_lens, torch.int32)
     _check_shape(op, "accept_lens", accept_lens, batch)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("mtp::draft_sample")
+def _draft_sample(topk_logits, topk_ids, seeds, positions, row, *, temperature=None):
+    op = "draft_sample"
+    _check_dtype(op, "topk_logits", topk_logits, torch.float32)
+    _check_shape(op, "topk_logits", topk_logits, None, None)
+    batch, k = topk_logits.shape
+    _check_dtype(op, "topk_ids", topk_ids, torch.int32, torch.int64)
+    _check_shape(op, "topk_ids", topk_ids, batch, k)
+    for name, t in (("seeds", seeds), ("positions", positions)):
+        _check_dtype(op, name, t, torch.int64)
+        _check_shape(op, name, t, batch)
+    _check_dtype(op, "temperature", temperature, torch.float32)
+    _check_shape(op, "temperature", temperature, batch)
+    return seeds.new_empty((batch,)), topk_logits.new_empty((batch, k))
+
+
+@torch.library.register_fake("mtp::rejection_sample")
+def _rejection_sample(
+    target_logits,
+    draft_token_ids,
+    cu_draft_lens,
+    seeds,
+    positions,
+    max_draft_len,
+    *,
+    draft_probs=None,
+    draft_ids=None,
+    temperature=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    token_bitmask=None,
+    method="token",
+):
+    op = "rejection_sample"
+    _check_dtype(op, "target_logits", target_logits, torch.float32, torch.float16, torch.bfloat16)
+    _check_dtype(op, "draft_token_ids", draft_token_ids, torch.int32, torch.int64)
+    _check_shape(op, "draft_token_ids", draft_token_ids, None)
+    _check_dtype(op, "seeds", seeds, torch.int64)
+    _check_shape(op, "seeds", seeds, None)
+    batch, drafts = seeds.shape[0], draft_token_ids.shape[0]
+    _check_shape(op, "target_logits", target_logits, drafts + batch, None)
+    vocab = target_logits.shape[1]
+    _check_dtype(op, "cu_draft_lens", cu_draft_lens, torch.int32)
+    _check_shape(op, "cu_draft_lens", cu_draft_lens, batch + 1)
+    _check_dtype(op, "positions", positions, torch.int64)
+    _check_shape(op, "positions", positions, batch)
+    torch._check(
+        draft_ids is None or draft_probs is not None,
+        lambda: f"{op}: draft_ids needs draft_probs of the same shape",
+    )
+    _check_dtype(op, "draft_probs", draft_probs, torch.float32)
+    _check_dtype(op, "draft_ids", draft_ids, torch.int32, torch.int64)
+    _check_shape(op, "draft_ids", draft_ids, drafts, None)
+    width = vocab if draft_ids is None else draft_ids.shape[1]
+    _check_shape(op, "draft_probs", draft_probs, drafts, width)
+    for name, t, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int32),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+    ):
+        _check_dtype(op, name, t, dtype)
+        _check_shape(op, name, t, batch)
+    _check_dtype(op, "token_bitmask", token_bitmask, torch.int32)
+    _check_shape(op, "token_bitmask", token_bitmask, drafts + batch, (vocab + 31) // 32)
+    torch._check(
+        method in ("token", "block"),
+        lambda: f'{op}: method must be "token" or "block", got "{method}"',
+    )
+    return (
+        seeds.new_empty((batch, max_draft_len + 1), dtype=torch.int32),
+        seeds.new_empty((batch,), dtype=torch.int32),
+        seeds.new_empty((batch,), dtype=torch.int32),
+    )

@@ -220,3 +220,108 @@ def kv_compact(
     _ops.kv_compact(
         k_caches, v_caches, block_table, cache_lens, accept_index, accept_lens, layout=layout
     )
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def draft_sample(
+    topk_logits: Tensor,
+    topk_ids: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    row: int,
+    *,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws one draft token per request from the softmax over its k kept logits.
+
+    The pair (topk_ids, probs) is the sparse q that `rejection_sample` takes: k numbers per draft
+    instead of a row of the vocabulary's width.
+
+    Args:
+        topk_logits: f32 [B, k], 1 <= k <= 64, in any order (`head_topk` returns them).
+        topk_ids: int32 or int64 [B, k], their token ids.
+        seeds: int64 [B], one per request.
+        positions: int64 [B], absolute position of the first token this step can emit.
+        row: index of the draft within the step, 0 <= row < 65536.
+        temperature: f32 [B]; None or 0 is greedy: the largest logit, the lowest id on ties.
+
+    A row with NaN or +inf, or with nothing finite, and a temperature that is negative, NaN or
+    infinite are treated as greedy over the finite logits.
+
+    Returns:
+        token_ids int64 [B], and probs f32 [B, k], the distribution that was drawn from.
+    """
+    return _ops.draft_sample(topk_logits, topk_ids, seeds, positions, row, temperature=temperature)
+
+
+def rejection_sample(
+    target_logits: Tensor,
+    draft_token_ids: Tensor,
+    cu_draft_lens: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    max_draft_len: int,
+    *,
+    draft_probs: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    token_bitmask: Tensor | None = None,
+    method: str = "token",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Verifies draft tokens against raw target logits and emits one token more per request.
+
+    The emitted tokens follow the filtered target distribution exactly, whatever the drafts. A
+    result depends on the request's own seed, position and rows only, never on the batch.
+
+    Args:
+        target_logits: f32, f16 or bf16 [N+B, V], last dimension contiguous. Request b owns rows
+            cu_draft_lens[b] + b .. cu_draft_lens[b+1] + b: one per draft and one more.
+        draft_token_ids: int32 or int64 [N].
+        cu_draft_lens: int32 [B+1], prefix sums of the requests' numbers of drafts.
+        seeds: int64 [B].
+        positions: int64 [B], absolute position of the first token this step can emit.
+        max_draft_len: upper bound of drafts per request; further drafts are ignored.
+        draft_probs: f32 [N, V], or [N, m] with draft_ids, the distribution q that each draft was
+            drawn from; None: q is one-hot on the draft.
+        draft_ids: int32 or int64 [N, m], m <= 64, the distinct ids of a sparse q; an id outside
+            the vocabulary is ignored.
+        temperature: f32 [B]; None or 0 is greedy: a draft is accepted iff it is the argmax.
+        top_k: int32 [B]; <= 0 or >= V is off. Exactly k are kept, ties by lowest id.
+        top_p: f32 [B] in [0, 1]; 1 is off. The smallest prefix by descending probability, ties by
+            lowest id, that reaches top_p of what the filters before it left; never empty.
+        min_p: f32 [B] in [0, 1]; 0 is off. Keeps p >= min_p * max p.
+        token_bitmask: int32 [N+B, ceil(V/32)], bit 1 = allowed.
+        method: "token" (Leviathan et al. 2023, Chen et al. 2023) or "block" (block verification,
+            Sun et al. 2024), which accepts at least as many on average.
+
+    Filters apply in the order bitmask, temperature, min_p, top_k, top_p.
+
+    Returns:
+        token_ids int32 [B, max_draft_len + 1]: the accepted drafts, one more token, then -1;
+        num_accepted int32 [B]; status int32 [B]. Bad data never raises; it sets bits of status:
+        1 a target row holds NaN or +inf, or nothing finite and allowed (the row counts as one-hot
+        on its best finite allowed entry, else on id 0); 2 a draft probability is NaN, negative or
+        infinite (the draft is rejected); 4 a draft id is outside the vocabulary (the drafts end
+        there); 8 a parameter is out of range (the temperature counts as 0, a filter as off).
+    """
+    return _ops.rejection_sample(
+        target_logits,
+        draft_token_ids,
+        cu_draft_lens,
+        seeds,
+        positions,
+        max_draft_len,
+        draft_probs=draft_probs,
+        draft_ids=draft_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        token_bitmask=token_bitmask,
+        method=method,
+    )

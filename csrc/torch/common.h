@@ -183,6 +183,13 @@ inline bool runs_on_cuda([[maybe_unused]] const at::Tensor& anchor) {
 #endif
 }
 
+// The bytes of scratch that the launcher of the anchor's device asks for.
+template <typename Params>
+int64_t workspace_on(const at::Tensor& anchor, const Params& params, int64_t (*cpu)(const Params&),
+                     std::type_identity_t<int64_t (*)(const Params&)> cuda) {
+  return cuda != nullptr && runs_on_cuda(anchor) ? cuda(params) : cpu(params);
+}
+
 // Launches on the anchor's device.
 template <typename Params>
 void run_on(const char* op, const at::Tensor& anchor, const Params& params,

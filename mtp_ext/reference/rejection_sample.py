@@ -196,7 +196,7 @@ def rejection_sample(
         if not bool((weights > 0).any()):
             weights = p
         final = int(p.argmax()) if greedy else race(weights, seed, position, accepted)
-        token_ids[b, : accepted + 1] = torch.tensor(drafts[:accepted] + [final])
+        token_ids[b, : accepted + 1] = torch.tensor([*drafts[:accepted], final])
         num_accepted[b] = accepted
         status[b] = bits
 

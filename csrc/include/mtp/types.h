@@ -6,7 +6,9 @@
 #ifdef __CUDACC__
 #define MTP_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MTP_HOST_DEVICE inline
+// Always inline: the CPU kernels compile these once per instruction-set level, and no level may end
+// up with another level's copy.
+#define MTP_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace mtp {
