@@ -82,7 +82,7 @@ class Instr:
     operands: list
     guard: tuple[int, bool] | None  # register, negated
     line: int
-    source: tuple[int, int] | None  # file index, line
+    source: tuple[tuple[int, int], ...]  # (file index, line), then where that was inlined
     text: str
 
     @property
@@ -353,6 +353,10 @@ _SPECIAL = re.compile(
 )
 
 
+def _spaces(text: str) -> str:
+    return re.sub(r"\$\S+|\s+", " ", text)
+
+
 class _BodyParser:
     def __init__(self, function: Function) -> None:
         self.function = function
@@ -360,13 +364,14 @@ class _BodyParser:
         # Innermost scope last; each is (names, ranges): "%r<9>" declares a range.
         self.scopes: list[tuple[str, dict[str, int], dict[str, tuple[str, int]]]] = []
         self.scope_count = 0
+        self.inlined: dict[tuple, tuple] = {}
         self.pending: list[tuple[Instr, list[str]]] = []
         self.scope_labels: set[str] = set()
 
     def parse(self) -> Body:
         self._push()
         text, pos, line, counted = self.function.text, 0, self.function.line, 0
-        source: tuple[int, int] | None = None
+        source: tuple[tuple[int, int], ...] = ()
         while True:
             match = _TOKEN.match(text, pos)
             if not match:
@@ -378,10 +383,7 @@ class _BodyParser:
             if match["statement"] is not None:
                 self._statement(match["statement"], line, source)
             elif match["loc"]:
-                fields = match["loc"].split(None, 3)
-                # Line 0 marks compiler-made code; the last real line says more.
-                if fields[2] != "0":
-                    source = (int(fields[1]), int(fields[2]))
+                source = self._location(match["loc"]) or source
             elif match["label"]:
                 self._label(match["label"])
             elif match["brace"]:
@@ -393,6 +395,19 @@ class _BodyParser:
                 break
         self._resolve_labels()
         return self.body
+
+    def _location(self, text: str) -> tuple[tuple[int, int], ...]:
+        """A .loc with the chain of calls it was inlined through."""
+        numbers = [tuple(map(int, n)) for n in re.findall(r"(\d+) (\d+) (\d+)", _spaces(text))]
+        if numbers[0][1] == 0:  # code of the compiler's own; the last real line says more
+            return ()
+        if len(numbers) > 1:
+            self.inlined[numbers[0]] = numbers[1]
+        chain, at = [], numbers[0]
+        while at and len(chain) < 16:
+            chain.append(at[:2])
+            at = self.inlined.get(at)
+        return tuple(chain)
 
     def _push(self) -> None:
         self.scopes.append((f"{self.scope_count}", {}, {}))
@@ -420,7 +435,7 @@ class _BodyParser:
                         )
                         break
 
-    def _statement(self, text: str, line: int, source: tuple[int, int] | None) -> None:
+    def _statement(self, text: str, line: int, source: tuple) -> None:
         text = " ".join(text.split())
         if text[0] == ".":
             self._directive(text)

@@ -207,10 +207,8 @@ class Wave:
         return where
 
     def source(self, instr) -> str:
-        if not instr.source:
-            return ""
-        file, line = instr.source
-        return f"{self.program.kernel.module.files.get(file, '?')}:{line}"
+        files = self.program.kernel.module.files
+        return " inlined at ".join(f"{files.get(file, '?')}:{line}" for file, line in instr.source)
 
     def block_index(self, cta: int) -> tuple[int, int, int]:
         c = int(cta) + self.first_cta
