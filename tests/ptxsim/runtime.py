@@ -26,7 +26,7 @@ the operator call; anything else is out of bounds.
 Other CUDA code. `compile(source)` gives a library whose extern "C" host functions are called
 with NumPy arrays or torch tensors as named buffers and int, float, str or bytes as they are:
 
-    lib = runtime.compile(source_text, arch="90a")
+    lib = runtime.compile(source_text)
     lib.call("run_sum", x=x, out=out, n=x.size)
 
 Builds live in build/ptxsim, are incremental, and take a file lock, so concurrent runs share them.
@@ -240,6 +240,7 @@ def _calling() -> Iterator[None]:
         _state.call_buffers = outer
     error, _state.error = _state.error, None
     if error is not None:
+        _library[0].cudaGetLastError()  # what the error set, should the host code not have looked
         raise error from None
 
 
@@ -315,8 +316,8 @@ def _run(command: list[str], what: str) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
-        tail = "\n".join(errors[:20] or done.stdout.splitlines()[-40:])
+        lines = [line[:300] for line in done.stdout.splitlines()]
+        tail = "\n".join([line for line in lines if "error" in line.lower()][:10] or lines[-40:])
         raise RuntimeError(f"ptxsim: {what} failed:\n{tail}\ncommand: {' '.join(command)}")
 
 
@@ -410,7 +411,6 @@ class _Ops:
 class Library:
     """A compiled CUDA source."""
 
-    path: Path
     dll: ctypes.CDLL
 
     def call(self, function: str, **arguments: Any) -> int:
@@ -432,25 +432,18 @@ class Library:
             return getattr(self.dll, function)(*values)
 
 
-def compile(
-    source: str | Path, *, arch: str = "90a", flags: tuple[str, ...] = (), headers: bytes = b""
-) -> Library:
-    """Compiles CUDA source text, or a file, to PTX for one architecture and loads it.
-
-    `headers` stands for included files that may change, so that a change rebuilds.
-    """
+def compile(source: str | Path, *, archs: tuple[str, ...] = ("90a",), flags: tuple[str, ...] = ()):
+    """Compiles CUDA source text, or a file without local includes, to PTX and loads it."""
     stub = _stub()
     text = source.read_text() if isinstance(source, Path) else source
     options = [
-        "-std=c++17", f"-gencode=arch=compute_{arch},code=compute_{arch}", "--no-compress",
-        "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none", "-shared", "-Xcompiler=-fPIC,-O1",
-        "-Wno-deprecated-gpu-targets", *flags,
+        "-std=c++17", "--no-compress", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none",
+        "-shared", "-Xcompiler=-fPIC,-O1", "-Wno-deprecated-gpu-targets",
+        *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs), *flags,
     ]  # fmt: skip
-    key = hashlib.sha256((text + str((options, stub.name))).encode() + headers).hexdigest()[:16]
-    if isinstance(source, Path):
-        file = source
-    else:
-        file = BUILD / f"source-{key}.cu"
+    key = hashlib.sha256((text + str((options, stub.name))).encode()).hexdigest()[:16]
+    file = source if isinstance(source, Path) else BUILD / f"source-{key}.cu"
+    if file is not source:
         file.write_text(text)
     path = _built(
         "cuda",
@@ -458,7 +451,7 @@ def compile(
         lambda out: [str(find_nvcc()), *options, str(file), str(stub), "-o", out],
         f"compiling {file.name}",
     )
-    return Library(path, ctypes.CDLL(str(path)))
+    return Library(ctypes.CDLL(str(path)))
 
 
 # --- Devices, schedules, reports. -------------------------------------------------------------
