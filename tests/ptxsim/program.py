@@ -238,6 +238,7 @@ class Program:
         self.names = 0
         self.constants: dict[tuple, str] = {}
         self.ops: list[Op] = []
+        self.patterns: dict[tuple, int] = {}  # shared-memory wavefronts of address patterns
 
     def add_local(self, name: str, size: int, align: int) -> None:
         self.local_size = -(-self.local_size // align) * align

@@ -368,20 +368,13 @@ class Wave:
         counts.requests += 1 + int(np.count_nonzero(threads[1:] >> 5 != threads[:-1] >> 5))
         counts.bytes += len(threads) * size
         counts.ideal_wavefronts += len(grid)
-        # A pattern's wavefronts do not depend on where it starts; most warps share one pattern.
-        relative = grid - grid[:, :1]
-        times = len(grid)
-        if (relative == relative[0]).all():
-            rows = relative[:1]
-        else:
-            # Offsets below 2^17 times weights below 2^30: exact sums in f64.
-            _, first, times = np.unique(
-                relative.astype(np.float64) @ _WEIGHTS[:group],
-                return_index=True,
-                return_counts=True,
-            )
-            rows = relative[first]
-        counts.wavefronts += int((_wavefronts(rows, size) * times).sum())
+        # A pattern's wavefronts do not depend on where it starts, and loops repeat patterns.
+        relative = (grid - grid[:, :1]).astype(np.int32)
+        key = (hash(relative.tobytes()), relative.shape, size)
+        waves = self.program.patterns.get(key)
+        if waves is None:
+            waves = self.program.patterns[key] = _wavefronts(relative, size)
+        counts.wavefronts += waves
 
     # --- global ----------------------------------------------------------------------------
 
@@ -1216,15 +1209,20 @@ class Wave:
 _WEIGHTS = np.random.default_rng(7).integers(1, 1 << 30, 32).astype(np.float64)
 
 
-def _wavefronts(rows: np.ndarray, size: int) -> np.ndarray:
-    """Per row of word addresses: the most distinct words that one bank has to deliver."""
+def _wavefronts(relative: np.ndarray, size: int) -> int:
+    """Over rows of word addresses: the most distinct words that one bank has to deliver, summed."""
+    # Offsets below 2^17 times weights below 2^30: exact sums in f64 tell rows apart.
+    keys = relative.astype(np.float64) @ _WEIGHTS[: relative.shape[1]]
+    _, first, times = np.unique(keys, return_index=True, return_counts=True)
+    rows = relative[first]
     if size > 4:
         rows = (rows[:, :, None] + np.arange(size // 4)).reshape(len(rows), -1)
-    rows = np.sort(rows.astype(np.int32), axis=1)
+    rows = np.sort(rows, axis=1)
     distinct = np.ones(rows.shape, bool)
     np.not_equal(rows[:, 1:], rows[:, :-1], out=distinct[:, 1:])
-    bank = ((rows & 31) + 32 * np.arange(len(rows), dtype=np.int32)[:, None])[distinct]
-    return np.bincount(bank, minlength=32 * len(rows)).reshape(-1, 32).max(1)
+    bank = ((rows & 31) + 32 * np.arange(len(rows))[:, None])[distinct]
+    worst = np.bincount(bank, minlength=32 * len(rows)).reshape(-1, 32).max(1)
+    return int((worst * times).sum())
 
 
 # --- atomic arithmetic ---------------------------------------------------------------------
