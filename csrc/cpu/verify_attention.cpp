@@ -68,23 +68,32 @@ Plan make_plan(const VerifyAttentionParams& p) {
 
 // ---- tiles -----------------------------------------------------------------------------------
 
+#if MTP_ISA_LEVEL >= 1
+inline __m256 widen(const float* in) { return _mm256_loadu_ps(in); }
+inline __m256 widen(const BF16* in) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline __m256 widen(const F16* in) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+}
+inline __m256 widen(const F8E4M3* in) {
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)));
+  const __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(0x7f));
+  const __m256i sign = _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(0x7f), b), 24);
+  // 2^120 moves the exponent bias from 7 to 127.
+  const __m256 f = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)),
+                                 _mm256_castsi256_ps(_mm256_set1_epi32(0x7b800000)));
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
+                                       _mm256_set1_epi32(0x7fc00000));
+  return _mm256_or_ps(f, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
+}
+#endif
+
 template <typename T>
 void widen8(const T* in, float* out) {
 #if MTP_ISA_LEVEL >= 1
-  __m256 x;
-  if constexpr (std::is_same_v<T, float>) {
-    x = _mm256_loadu_ps(in);
-  } else if constexpr (std::is_same_v<T, BF16>) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
-    x = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-  } else if constexpr (std::is_same_v<T, F16>) {
-    x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
-  } else {
-    float lane[kLanes];
-    store(lane, load_partial(in, 8));
-    x = _mm256_loadu_ps(lane);
-  }
-  _mm256_storeu_ps(out, x);
+  _mm256_storeu_ps(out, widen(in));
 #else
   for (int i = 0; i < 8; ++i) out[i] = to_float(in[i]);
 #endif
@@ -94,12 +103,8 @@ void widen8(const T* in, float* out) {
 template <typename T>
 void transpose8(const T* const* rows, int64_t d, float* out) {
 #if MTP_ISA_LEVEL >= 1
-  float block[64];
   __m256 r[8];
-  for (int i = 0; i < 8; ++i) {
-    widen8(rows[i] + d, block + 8 * i);
-    r[i] = _mm256_loadu_ps(block + 8 * i);
-  }
+  for (int i = 0; i < 8; ++i) r[i] = widen(rows[i] + d);
   __m256 pair[8], quad[8];
   for (int i = 0; i < 8; i += 2) {
     pair[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);

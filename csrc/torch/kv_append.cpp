@@ -14,7 +14,7 @@ void kv_append(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache, at
   const KvAppendParams p = append_params(check, k, v, k_cache, v_cache, block_table, cache_lens,
                                          cu_q_lens, k_scale, v_scale, layout);
   if (p.tokens == 0 || p.batch == 0 || k_cache.numel() == 0 || block_table.numel() == 0) return;
-  run_on(kOp, k, p, &cpu::launch_kv_append, nullptr);
+  run_on(kOp, k, p, &cpu::launch_kv_append, MTP_CUDA_LAUNCHER(launch_kv_append));
 }
 
 }  // namespace

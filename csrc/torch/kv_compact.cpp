@@ -60,7 +60,7 @@ void kv_compact(at::TensorList k_caches, at::TensorList v_caches, const at::Tens
       p.k_data[i] = data_ptr<void>(k_caches[first + i], "k_caches");
       p.v_data[i] = data_ptr<void>(v_caches[first + i], "v_caches");
     }
-    run_on(kOp, block_table, p, &cpu::launch_kv_compact, nullptr);
+    run_on(kOp, block_table, p, &cpu::launch_kv_compact, MTP_CUDA_LAUNCHER(launch_kv_compact));
   }
 }
 

@@ -9,6 +9,9 @@ namespace mtp::binding {
 namespace {
 
 int64_t workspace_floats(const at::Tensor& q, const VerifyAttentionParams& p) {
+#ifdef MTP_WITH_CUDA
+  if (runs_on_cuda(q)) return cuda::verify_attention_workspace(p);
+#endif
   return q.is_cpu() ? cpu::verify_attention_workspace(p) : 0;
 }
 
@@ -60,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor> verify_attention(
   p.softcap = static_cast<float>(softcap);
   at::Tensor workspace = at::empty({workspace_floats(q, p)}, q.options().dtype(at::kFloat));
   p.workspace = data_ptr<float>(workspace, "workspace");
-  run_on(kOp, q, p, &cpu::launch_verify_attention, nullptr);
+  run_on(kOp, q, p, &cpu::launch_verify_attention, MTP_CUDA_LAUNCHER(launch_verify_attention));
   return {out, lse};
 }
 
