@@ -34,7 +34,8 @@ function(mtp_cpu_kernels target)
     string(TOUPPER ${level} upper)
     list(APPEND have MTP_HAVE_${upper})
   endforeach()
-  target_compile_definitions(${target} PRIVATE ${have})
+  # Only the dispatchers ask which levels there are: isa.cpp and the generic objects.
+  set_source_files_properties(csrc/cpu/common/isa.cpp PROPERTIES COMPILE_DEFINITIONS "${have}")
 
   # The simulator's build only links them.
   set(optimise $<IF:$<BOOL:${MTP_PTXSIM}>,-O0,-O3>)
@@ -46,7 +47,10 @@ function(mtp_cpu_kernels target)
       add_library(${target}_${level} OBJECT ${ARGN})
       target_link_libraries(${target}_${level} PRIVATE mtp_headers mtp_openmp)
       target_compile_definitions(${target}_${level} PRIVATE MTP_ISA=${level}
-                                 MTP_ISA_LEVEL=${number} ${have})
+                                 MTP_ISA_LEVEL=${number})
+      if(level STREQUAL generic)
+        target_compile_definitions(${target}_${level} PRIVATE ${have})
+      endif()
       target_compile_options(${target}_${level} PRIVATE ${_isa_flags_${level}} ${optimise}
                              -fno-math-errno -fno-trapping-math
                              -Wno-maybe-uninitialized)  # GCC 105593: its own AVX-512 headers
