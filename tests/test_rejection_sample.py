@@ -10,6 +10,7 @@ from sampling_cases import make_call, to_device
 from scipy import stats
 
 import mtp_ext.ops as ops
+import mtp_ext.reference.rejection_sample as specification
 from mtp_ext.reference.rejection_sample import rejection_sample as reference
 from mtp_ext.reference.rejection_sample import target_distribution
 
@@ -433,52 +434,86 @@ def context_index(vocab: int, context: tuple[int, ...]) -> int:
     return base + sum(t * vocab**i for i, t in enumerate(reversed(context)))
 
 
+class Coin:
+    """Stands for a uniform: each comparison takes the outcome of a script and multiplies the
+    probability of that outcome."""
+
+    def __init__(self, script: tuple[bool, ...]):
+        self.script, self.used, self.probability = script, 0, 1.0
+
+    def item(self) -> "Coin":
+        return self
+
+    def __mul__(self, q):
+        return Scaled(self, float(q))
+
+    def __lt__(self, chance) -> bool:
+        outcome = self.script[self.used]
+        self.used += 1
+        chance = min(1.0, float(chance))
+        self.probability *= chance if outcome else 1 - chance
+        return outcome
+
+
+class Scaled:
+    """u * q: below p with probability p / q."""
+
+    def __init__(self, coin: Coin, q: float):
+        self.coin, self.q = coin, q
+
+    def __lt__(self, p) -> bool:
+        return self.coin < float(p) / self.q
+
+
 @pytest.mark.parametrize("method", ["token", "block"])
-def test_exact_enumeration(method):
-    """V=3, 3 drafts, context-dependent p and q: the law of the emitted tokens, with the coins
-    integrated out, is the target's to f64 precision. A formula, independent of the code."""
+def test_exact_enumeration(monkeypatch, method):
+    """V=3, 3 drafts, context-dependent p and q: with every outcome of the coins and every final
+    token weighted by its probability, the law of the first four tokens is the target's. This runs
+    the specification's own code, and the kernels equal the specification."""
     vocab, depth = 3, 3
-    p, q = transition_rows(vocab, depth, 0), transition_rows(vocab, depth, 1)
-    at = lambda t, context: t[context_index(vocab, context)].numpy()  # noqa: E731
+    logits = transition_rows(vocab, depth, 0).log().float()
+    p = logits.double().softmax(-1).numpy()
+    # Dyadic, so that f32 holds each distribution exactly.
+    q = (transition_rows(vocab, depth, 1) * 61).floor() + 1
+    q[:, 0] += 64 - q.sum(-1)
+    q = (q / 64).numpy()
+    at = lambda table, context: table[context_index(vocab, context)]  # noqa: E731
+    raced = {}
+
+    def record(weights, *_):
+        raced["law"] = (weights / weights.sum()).numpy()
+        return 0
+
     law: dict[tuple, float] = {}
+    monkeypatch.setattr(specification, "race", record)
     for drafts in itertools.product(range(vocab), repeat=depth):
-        weight = math.prod(at(q, drafts[:i])[drafts[i]] for i in range(depth))
-        residuals, chances, product = [], [], 1.0
-        for i in range(depth + 1):
-            if i:
-                ratio = (
-                    at(p, drafts[: i - 1])[drafts[i - 1]] / at(q, drafts[: i - 1])[drafts[i - 1]]
-                )
-                product = min(1.0, (product if method == "block" else 1.0) * ratio)
-            if i == depth:
-                residuals.append(at(p, drafts))
-                chances.append(product)
+        contexts = [drafts[:i] for i in range(depth + 1)]
+        drawn = math.prod(at(q, contexts[i])[drafts[i]] for i in range(depth))
+        args = (
+            torch.stack([logits[context_index(vocab, c)] for c in contexts]),
+            torch.tensor(drafts), torch.tensor([0, depth]).int(), torch.zeros(1).long(),
+            torch.zeros(1).long(), depth,
+        )  # fmt: skip
+        kwargs = dict(
+            draft_probs=torch.tensor(np.stack([at(q, c) for c in contexts[:depth]])).float(),
+            temperature=torch.ones(1), method=method,
+        )  # fmt: skip
+        for script in set(itertools.product([True, False], repeat=depth)):
+            coin = Coin(script)
+            monkeypatch.setattr(specification, "philox_uniform", lambda *_, coin=coin: coin)
+            _, accepted, status = reference(*args, **kwargs)
+            assert status == 0
+            if any(script[coin.used :]):  # one script stands for all that differ in unused coins
                 continue
-            scale = product if method == "block" else 1.0
-            rest = np.maximum(scale * at(p, drafts[:i]) - at(q, drafts[:i]), 0)
-            residuals.append(rest / rest.sum() if rest.sum() else at(p, drafts[:i]))
-            total = rest.sum() + 1 - product
-            h = (rest.sum() / total if total > 0 else 1.0) if method == "block" else product
-            chances.append(h)
-        # The chance that exactly i drafts are accepted.
-        if method == "block":
-            stop = [chances[i] if i else 1.0 for i in range(depth + 1)]
-            exactly = [
-                stop[i] * math.prod(1 - c for c in chances[i + 1 :]) for i in range(depth + 1)
-            ]
-        else:
-            reach = [math.prod(chances[1 : i + 1]) for i in range(depth + 1)]
-            exactly = [reach[i] - (reach[i + 1] if i < depth else 0) for i in range(depth + 1)]
-        for i in range(depth + 1):
+            head = drafts[: int(accepted)]
             for token in range(vocab):
-                # Complete to depth + 1 tokens by the target itself.
-                head = (*drafts[:i], token)
-                for tail in itertools.product(range(vocab), repeat=depth - i):
-                    sequence = head + tail
-                    mass = weight * exactly[i] * residuals[i][token]
-                    for j in range(len(head), depth + 1):
+                for tail in itertools.product(range(vocab), repeat=depth - len(head)):
+                    sequence = (*head, token, *tail)
+                    mass = drawn * coin.probability * raced["law"][token]
+                    for j in range(len(head) + 1, depth + 1):
                         mass *= at(p, sequence[:j])[sequence[j]]
                     law[sequence] = law.get(sequence, 0.0) + mass
+    assert abs(sum(law.values()) - 1) < 1e-12
     for sequence, mass in law.items():
         target = math.prod(at(p, sequence[:i])[sequence[i]] for i in range(depth + 1))
         assert abs(mass - target) < 1e-15

@@ -24,13 +24,9 @@
 namespace mtp::cpu::MTP_ISA {
 namespace {
 
-using rejection::Settings;
-using rejection::Span;
+using namespace rejection;
 
-constexpr int64_t kChunk = 1024;
 constexpr int64_t kGrain = 16;  // chunks; below that a thread is not worth waking
-constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
-constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // ---- workspace -------------------------------------------------------------------------------
@@ -91,13 +87,13 @@ struct Shape {
 // ---- a target row ----------------------------------------------------------------------------
 
 template <typename T>
-struct Row {
-  const T* logits;
-  const uint32_t* mask;  // null: everything is allowed
-  int64_t vocab;
+struct Row : TargetRow<T> {
+  using TargetRow<T>::TargetRow;
+  using TargetRow<T>::logits;
+  using TargetRow<T>::mask;
+  using TargetRow<T>::vocab;
 
-  bool allowed(int64_t id) const { return !mask || (mask[id / 32] >> (id % 32) & 1); }
-  float at(int64_t id) const { return allowed(id) ? to_float(logits[id]) : -kInf; }
+  float at(int64_t id) const { return this->allowed(id) ? to_float(logits[id]) : -kInf; }
 
   // The chunk's logits as f32, -inf where masked or past the vocabulary; `buffer` holds kChunk.
   const float* chunk(int64_t c, float* buffer) const {
@@ -121,54 +117,16 @@ struct Row {
   }
 };
 
-// What a row's distribution comes down to: p(v) = weight(v) / sum over the kept ids, which are
-// those with a logit above `cut`, or equal to it and an id up to `cut_id`.
-struct Distribution {
-  bool one_hot = false;  // on `best`
-  bool faulty = false;
-  int64_t best = 0;
-  float max = 0.0f;
-  float inv_temperature = 1.0f;
-  int64_t sum = 0;
-  float cut = -kInf;
-  int64_t cut_id = INT64_MAX;
-
-  double mass() const { return static_cast<double>(sum) / kFixedOne; }
-  float weight_of(float logit, int64_t id) const {
-    const bool kept = logit > cut || (logit == cut && id <= cut_id);
-    return kept ? weight(logit, max, inv_temperature) : 0.0f;
-  }
-  // Which of the 16 logits from id on are kept.
-  Mask16 kept(F32x16 x, int64_t id) const {
-    if (id + kLanes - 1 <= cut_id) return x >= broadcast(cut);
-    const Mask16 above = x > broadcast(cut);
-    if (id > cut_id) return above;
-    const uint32_t equal = to_bits(x == broadcast(cut)) & to_bits(first_lanes(cut_id - id + 1));
-    return mask_from_bits(to_bits(above) | equal);
-  }
-};
+// Which of the 16 logits from id on are kept.
+Mask16 kept(const Distribution& d, F32x16 x, int64_t id) {
+  const F32x16 cut = broadcast(d.cut);
+  if (id + kLanes - 1 <= d.cut_id) return x >= cut;
+  if (id > d.cut_id) return x > cut;
+  const uint32_t ties = to_bits(x == cut) & to_bits(first_lanes(d.cut_id - id + 1));
+  return mask_from_bits(to_bits(x > cut) | ties);
+}
 
 // ---- filters ---------------------------------------------------------------------------------
-
-// Ascending keys are the reverse of the order of the filters.
-struct Order {
-  int id_bits;
-
-  explicit Order(int64_t vocab) : id_bits(1) {
-    while (vocab >> id_bits) ++id_bits;
-  }
-  uint64_t last_id() const { return (uint64_t{1} << id_bits) - 1; }
-  uint64_t key(float logit, int64_t id) const {
-    const uint32_t bits = float_to_bits(logit + 0.0f);  // -0 equals 0
-    const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return static_cast<uint64_t>(ordered) << id_bits | (last_id() - static_cast<uint64_t>(id));
-  }
-  float logit(uint64_t key) const {
-    const auto ordered = static_cast<uint32_t>(key >> id_bits);
-    return bits_to_float(ordered >> 31 ? ordered ^ 0x80000000u : ~ordered);
-  }
-  int64_t id(uint64_t key) const { return static_cast<int64_t>(last_id() - (key & last_id())); }
-};
 
 // The keys of the candidates of one row, in pieces.
 struct Candidates {
@@ -243,7 +201,7 @@ struct Candidates {
     for (int piece = 0; piece < pieces; ++piece) s.active[piece] = s.counts[piece];
     uint64_t prefix = 0;
     int64_t above = 0;
-    for (int top = 32 + order.id_bits; top > 0;) {
+    for (int top = order.bits(); top > 0;) {
       const int digit = std::min(kDigitBits, top);
       const int shift = top - digit;
       const uint64_t digit_mask = (uint64_t{1} << digit) - 1;
@@ -286,75 +244,18 @@ struct Candidates {
 
 // ---- one request -----------------------------------------------------------------------------
 
-// The draft's distribution at one row: a dense row, a short list, or one id.
-struct DraftRow {
-  const float* dense = nullptr;  // [V]
-  const float* probs = nullptr;  // [m]
-  const void* ids = nullptr;     // [m]
-  DType ids_type = DType::kI64;
-  int64_t count = 0;  // m
-  int64_t vocab = 0;
-  int64_t single = -1;
-
-  int64_t id(int64_t j) const { return probs ? rejection::load_index(ids, ids_type, j) : single; }
-  float prob(int64_t j) const { return probs ? probs[j] : 1.0f; }
-  bool in_vocab(int64_t id) const { return id >= 0 && id < vocab; }
-  // The first of equal ids decides.
-  bool counts(int64_t j) const {
-    if (!in_vocab(id(j))) return false;
-    for (int64_t i = 0; i < j; ++i) {
-      if (id(i) == id(j)) return false;
-    }
-    return true;
-  }
-  float at(int64_t v) const {
-    if (dense) return dense[v];
-    for (int64_t j = 0; j < count; ++j) {
-      if (id(j) == v) return prob(j);
-    }
-    return 0.0f;
-  }
-};
-
 template <typename T>
 struct Request {
   const RejectionSampleParams& p;
   const Shape& shape;
   const Scratch& s;
   const int64_t b;
-  const Settings settings = rejection::settings_of(p, b);
-  const Span span = rejection::span_of(p, b);
+  const Settings settings = settings_of(p, b);
+  const Span span = span_of(p, b);
 
-  Row<T> row(int r) const {
-    const int64_t index = span.row + r;
-    return {static_cast<const T*>(p.target_logits) + index * p.target_stride,
-            p.token_bitmask ? p.token_bitmask + index * p.mask_stride : nullptr, p.vocab};
-  }
-  int64_t draft(int r) const {
-    return rejection::load_index(p.draft_token_ids, p.draft_token_type, span.first + r);
-  }
-  DraftRow draft_row(int r) const {
-    const int64_t index = span.first + r;
-    DraftRow q;
-    q.vocab = p.vocab;
-    if (!p.draft_probs) {
-      q.count = 1;
-      q.single = draft(r);
-    } else if (!p.draft_ids) {
-      q.dense = p.draft_probs + index * p.probs_stride;
-    } else {
-      q.count = p.sparse;
-      q.probs = p.draft_probs + index * p.probs_stride;
-      q.ids_type = p.draft_ids_type;
-      q.ids = static_cast<const char*>(p.draft_ids) +
-              index * p.ids_stride * dtype_bytes(p.draft_ids_type);
-    }
-    return q;
-  }
-  float coin(int r) const {
-    const auto key = philox::make_key(p.seeds[b], p.positions[b], philox::kAccept, r);
-    return philox::uniform(philox::word(key, 0));
-  }
+  Row<T> row(int r) const { return Row<T>(p, span, r); }
+  int64_t draft(int r) const { return draft_token(p, span, r); }
+  DraftRow draft_row(int r) const { return rejection::draft_row(p, span, r); }
 
   float* chunk_max(int r) const { return s.chunk_max + (p.block ? r : 0) * shape.chunks; }
 
@@ -421,26 +322,16 @@ struct Request {
 
   // No candidate below this can be kept.
   float lowest_candidate(const float* maxima, const Distribution& d) const {
-    double low = kLowest;
-    if (settings.min_p > 0.0f) low = std::max(low, rejection::min_p_bound(settings, d.max));
-    if (settings.top_k > 0) {
-      // The k-th largest of the maxima of disjoint groups is at most the k-th largest of all.
-      const bool few = settings.top_k <= shape.chunks;
-      const int64_t groups = few ? shape.chunks : shape.chunks * kLanes;
-      if (settings.top_k <= groups) {
-        float* copy = reinterpret_cast<float*>(s.items);
-        std::copy_n(few ? maxima : s.lane_max, groups, copy);
-        std::nth_element(copy, copy + settings.top_k - 1, copy + groups, std::greater<float>());
-        low = std::max<double>(low, copy[settings.top_k - 1]);
-      }
-    } else if (settings.min_p == 0.0f && settings.top_p < 0.9999f) {
-      // V weights of e^-x together weigh less than what top_p drops.
-      const double dropped = (1.0 - settings.top_p) * d.mass();
-      const double x = std::log(static_cast<double>(p.vocab) / dropped) + 0.01;
-      low = std::max(low, d.max - settings.temperature * x);
-    }
-    const auto bound = static_cast<float>(low);
-    return bound < low ? std::nextafter(bound, kInf) : bound;
+    const float low = round_up(rejection::lowest_candidate(settings, d, p.vocab));
+    if (settings.top_k == 0) return low;
+    // The k-th largest of the maxima of disjoint groups is at most the k-th largest of all.
+    const bool few = settings.top_k <= shape.chunks;
+    const int64_t groups = few ? shape.chunks : shape.chunks * kLanes;
+    if (settings.top_k > groups) return low;
+    float* copy = reinterpret_cast<float*>(s.items);
+    std::copy_n(few ? maxima : s.lane_max, groups, copy);
+    std::nth_element(copy, copy + settings.top_k - 1, copy + groups, std::greater<float>());
+    return std::max(low, copy[settings.top_k - 1]);
   }
 
   void filter(const Row<T>& x, const float* maxima, Distribution* d) const {
@@ -455,7 +346,7 @@ struct Request {
     if (settings.top_p < 1.0f) {
       const bool whole = settings.top_k == 0 && settings.min_p == 0.0f;
       const int64_t total = whole ? d->sum : candidates.mass_from(last);
-      const int64_t target = rejection::top_p_target(settings.top_p, total);
+      const int64_t target = top_p_target(settings.top_p, total);
       last = std::max(last, candidates.descend(target, true));
     }
     d->sum = candidates.mass_from(last);
@@ -466,8 +357,7 @@ struct Request {
   // ---- drafts ----
 
   double probability(int r, const Distribution& d, int64_t v) const {
-    if (d.one_hot) return v == d.best ? 1.0 : 0.0;
-    return d.weight_of(row(r).at(v), v) / d.mass();
+    return d.probability(row(r).at(v), v);
   }
 
   bool has_bad_prob(const DraftRow& q) const {
@@ -486,7 +376,7 @@ struct Request {
       return found;
     }
     for (int64_t j = 0; j < q.count; ++j) {
-      if (q.counts(j) && rejection::bad_prob(q.prob(j))) return true;
+      if (q.counts(j) && bad_prob(q.prob(j))) return true;
     }
     return false;
   }
@@ -496,20 +386,17 @@ struct Request {
     for (int64_t i = 0; i < kChunk; i += kLanes) {
       F32x16 draft = zero();
       if (q.dense) draft = load_partial(q.dense + c * kChunk + i, p.vocab - c * kChunk - i);
-      const F32x16 w = load(weights + i);
-      store(weights + i, max(fmadd(w, broadcast(a), zero() - draft), zero()));
+      store(weights + i, residual_weight(load(weights + i), broadcast(a), zero() - draft));
     }
   }
-
-  static float residual(float w, float a, float q) { return mtp::max(mtp::fmadd(w, a, -q), 0.0f); }
 
   void weights_chunk(const Row<T>& x, const Distribution& d, int64_t c, float* weights) const {
     const float* logits = x.chunk(c, weights);
     const F32x16 inverse = broadcast(d.inv_temperature), top = broadcast(d.max);
     for (int64_t i = 0; i < kChunk; i += kLanes) {
       const F32x16 v = load(logits + i);
-      const Mask16 kept = d.kept(v, c * kChunk + i);
-      store(weights + i, to_bits(kept) ? select(kept, weight(v, top, inverse), zero()) : zero());
+      const Mask16 in = kept(d, v, c * kChunk + i);
+      store(weights + i, to_bits(in) ? select(in, weight(v, top, inverse), zero()) : zero());
     }
   }
 
@@ -563,7 +450,7 @@ struct Request {
           for (int64_t j = 0; j < q->count; ++j) {
             const int64_t id = q->id(j);
             if (id / kChunk != c || !q->counts(j)) continue;
-            weights[id % kChunk] = residual(d.weight_of(x.at(id), id), a, q->prob(j));
+            weights[id % kChunk] = residual_weight(d.weight_of(x.at(id), id), a, -q->prob(j));
           }
         }
         for (int64_t i = 0; i < kChunk; i += 2 * kLanes) {
@@ -619,11 +506,11 @@ struct Request {
     int32_t status = settings.status;
     for (int r = 0;; ++r) {
       const Distribution d = distribution(r);
-      if (d.faulty) status |= rejection::kBadTarget;
+      if (d.faulty) status |= kBadTarget;
       if (r == span.n) return finish(r, final_token(r, d, nullptr, 1.0), status);
       const int64_t token = draft(r);
       if (token < 0 || token >= p.vocab) {
-        status |= rejection::kBadDraftId;
+        status |= kBadDraftId;
         return finish(r, final_token(r, d, nullptr, 1.0), status);
       }
       if (settings.greedy) {
@@ -632,10 +519,10 @@ struct Request {
       }
       const DraftRow q = draft_row(r);
       const float q_token = q.at(token);
-      const bool bad = rejection::bad_prob(q_token);
-      if (!bad && rejection::accept_token(coin(r), q_token, probability(r, d, token))) continue;
+      const bool bad = bad_prob(q_token);
+      if (!bad && accept_token(coin(p, b, r), q_token, probability(r, d, token))) continue;
       if (bad || has_bad_prob(q)) {
-        status |= rejection::kBadDraftProb;
+        status |= kBadDraftProb;
         return finish(r, final_token(r, d, nullptr, 1.0), status);
       }
       return finish(r, final_token(r, d, &q, 1.0), status);
@@ -648,7 +535,7 @@ struct Request {
     for (; n < span.n; ++n) {
       const bool bad_id = draft(n) < 0 || draft(n) >= p.vocab;
       if (!bad_id && !has_bad_prob(draft_row(n))) continue;
-      status |= bad_id ? rejection::kBadDraftId : rejection::kBadDraftProb;
+      status |= bad_id ? kBadDraftId : kBadDraftProb;
       break;
     }
     // The last accepted row is raced after rows behind it were looked at: keep what it needs.
@@ -656,17 +543,15 @@ struct Request {
     int accepted = 0;
     Distribution d = distribution(0);
     Distribution final = d;
-    if (d.faulty) status |= rejection::kBadTarget;
+    if (d.faulty) status |= kBadTarget;
     for (int i = 1; i <= n; ++i) {
       const int64_t token = draft(i - 1);
-      product = rejection::block_product(product, probability(i - 1, d, token),
-                                         draft_row(i - 1).at(token));
+      product = block_product(product, probability(i - 1, d, token), draft_row(i - 1).at(token));
       d = distribution(i);
-      if (d.faulty) status |= rejection::kBadTarget;
+      if (d.faulty) status |= kBadTarget;
       const double chance =
-          i == n ? product
-                 : rejection::block_chance(product, residual_mass(i, d, draft_row(i), product));
-      if (static_cast<double>(coin(i - 1)) < chance) {
+          i == n ? product : block_chance(product, residual_mass(i, d, draft_row(i), product));
+      if (static_cast<double>(coin(p, b, i - 1)) < chance) {
         accepted = i;
         accepted_product = product;
         final = d;

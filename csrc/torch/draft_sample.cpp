@@ -36,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor> draft_sample(const at::Tensor& topk_logits,
   p.k = k;
   p.row = static_cast<uint32_t>(row);
   p.ids_type = to_dtype(topk_ids.scalar_type());
-  run_on(kOp, topk_logits, p, &cpu::launch_draft_sample, nullptr);
+  run_on(kOp, topk_logits, p, &cpu::launch_draft_sample, MTP_CUDA_LAUNCHER(launch_draft_sample));
   return {token_ids, probs};
 }
 

@@ -40,8 +40,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rejection_sample(
     check.shape("draft_ids", *draft_ids, {{"N", drafts}, {"m"}});
     check.rows_contiguous("draft_ids", *draft_ids);
     sparse = draft_ids->size(1);
-    check.require(drafts == 0 || (sparse >= 1 && sparse <= 64),
-                  "draft_ids must have 1 to 64 columns, got ", sparse);
+    check.require(drafts == 0 || (sparse >= 1 && sparse <= kMaxSparse), "draft_ids must have 1 to ",
+                  kMaxSparse, " columns, got ", sparse);
   }
   if (draft_probs.has_value()) {
     check.device("draft_probs", *draft_probs);
@@ -104,10 +104,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rejection_sample(
     p.token_bitmask = data_ptr<const uint32_t>(token_bitmask, "token_bitmask");
     p.mask_stride = token_bitmask->stride(0);
   }
-  const int64_t bytes = workspace_on(target_logits, p, &cpu::rejection_sample_workspace, nullptr);
+  const int64_t bytes = workspace_on(target_logits, p, &cpu::rejection_sample_workspace,
+                                     MTP_CUDA_LAUNCHER(rejection_sample_workspace));
   at::Tensor workspace = at::empty({bytes}, seeds.options().dtype(at::kByte));
   p.workspace = data_ptr<void>(workspace, "workspace");
-  run_on(kOp, target_logits, p, &cpu::launch_rejection_sample, nullptr);
+  run_on(kOp, target_logits, p, &cpu::launch_rejection_sample,
+         MTP_CUDA_LAUNCHER(launch_rejection_sample));
   return {token_ids, num_accepted, status};
 }
 

@@ -36,4 +36,19 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
   return total;
 }
 
+// Every thread gets the result; `scratch` holds one value per warp and may be reused at once. For
+// operations whose order cannot matter: integers, maxima, flags.
+template <int kThreads, typename T, typename Combine>
+__device__ __forceinline__ T block_reduce(T value, T* scratch, const Combine& combine) {
+  constexpr int kWarps = kThreads / kWarp;
+  value = warp_reduce(value, combine);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  T total = scratch[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) total = combine(total, scratch[w]);
+  return total;
+}
+
 }  // namespace mtp::cuda

@@ -39,6 +39,8 @@ struct RejectionSampleParams {
   bool block;
 };
 
+constexpr int64_t kMaxSparse = 64;
+
 namespace cpu {
 int64_t rejection_sample_workspace(const RejectionSampleParams& p);
 void launch_rejection_sample(const RejectionSampleParams& p);
