@@ -459,10 +459,9 @@ class _BodyParser:
         self.body.instrs.append(instr)
 
     def _directive(self, text: str) -> None:
-        word = text.split(None, 1)[0]
+        word = re.match(r"\.\w+", text)[0]
         if word == ".reg":
-            _, kind, rest = text.split(None, 2)
-            kind = kind[1:]
+            kind, rest = re.match(r"\.reg\s*\.(\w+)\s+(.*)", text).groups()
             if kind in ("v2", "v4"):
                 raise ParseError("vector registers are not supported", text=text)
             _, names, ranges = self.scopes[-1]
