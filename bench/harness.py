@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -421,49 +421,60 @@ def run_case(
     others = load.share()
     ours, ceiling = samples["ours"], samples["ceiling"]
     work = case.flops if bound == "matmul" else case.bytes
-    median = statistics.median(ours)
-    notes = [f"ours: {timers['ours'].note}"] if getattr(timers["ours"], "note", "") else []
-    if spread(ours) > NOISE_LIMIT:
-        notes.append(f"noise {spread(ours):.0%}")
-    if others is not None and others > NOISE_LIMIT and device == "cpu":
-        notes.append(f"others took {others:.0%} of the CPU")
+    row = describe(op, case.shape, case.dtype, ours, others if device == "cpu" else None)
+    if getattr(timers["ours"], "note", ""):
+        row["notes"].append(timers["ours"].note)
     if count * case.bytes < last_level_cache(device):
-        notes.append("fits in cache")
-    peers: dict[str, Any] = {}
-    for name in calls:
-        if name == "ours":
-            continue
-        if name in failures:
-            peers[name] = None
-            continue
-        peers[name] = {
-            "median_us": statistics.median(samples[name]) * 1e6,
-            "p10_us": quantile(samples[name], 0.1) * 1e6,
-            "noise": spread(samples[name]),
-            "ratio": paired_ratio(samples[name], ours),
-        }
-    return {
-        "op": op,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "median_us": median * 1e6,
-        "p10_us": quantile(ours, 0.1) * 1e6,
-        "p90_us": quantile(ours, 0.9) * 1e6,
-        "noise": spread(ours),
-        "rounds": len(ours),
+        row["notes"].append("fits in cache")
+    peers = {
+        name: None if name in failures else describe_peer(samples[name], ours)
+        for name in calls
+        if name != "ours"
+    }
+    return row | {
         "sets": count,
         "read": case.read,
         "written": case.written,
         "bytes": case.bytes,
         "flops": case.flops,
-        "gb_per_s": case.bytes / median / 1e9,
+        "gb_per_s": case.bytes / statistics.median(ours) / 1e9,
         "bound": bound,
         "ceiling_per_s": ceilings.work[bound] / statistics.median(ceiling),
         "of_ceiling": paired_ratio(ceiling, ours) * work / ceilings.work[bound],
-        "others_cpu": others,
         "peers": peers,
         "missing": failures,
+    }
+
+
+def describe(
+    op: str, shape: str, dtype: str, samples: Sequence[float], others: float | None
+) -> dict[str, Any]:
+    """The part of a row that the samples alone decide."""
+    noise, notes = spread(samples), []
+    if noise > NOISE_LIMIT:
+        notes.append(f"noise {noise:.0%}")
+    if others is not None and others > NOISE_LIMIT:
+        notes.append(f"others took {others:.0%} of the CPU")
+    return {
+        "op": op,
+        "shape": shape,
+        "dtype": dtype,
+        "median_us": statistics.median(samples) * 1e6,
+        "p10_us": quantile(samples, 0.1) * 1e6,
+        "p90_us": quantile(samples, 0.9) * 1e6,
+        "noise": noise,
+        "rounds": len(samples),
+        "others_cpu": others,
         "notes": notes,
+    }
+
+
+def describe_peer(samples: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    return {
+        "median_us": statistics.median(samples) * 1e6,
+        "p10_us": quantile(samples, 0.1) * 1e6,
+        "noise": spread(samples),
+        "ratio": paired_ratio(samples, ours),
     }
 
 
@@ -479,6 +490,16 @@ def available() -> dict[str, str]:
 
 def load_cases(op: str, device: str, small: bool = False) -> Iterable[Case]:
     return importlib.import_module(available()[op]).cases(device, small)
+
+
+def run_op(op: str, ceilings: Ceilings, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one file: of its cases, or those that it measures itself, with `rows`."""
+    module = importlib.import_module(available()[op])
+    if hasattr(module, "rows"):
+        yield from module.rows(ceilings.device, options.small, ceilings, options)
+    else:
+        for case in module.cases(ceilings.device, options.small):
+            yield run_case(op, case, ceilings, options)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -520,8 +541,8 @@ def main(argv: list[str]) -> int:
     rows = []
     for op in ops:
         table = []
-        for case in load_cases(op, options.device, options.small):
-            table.append(run_case(op, case, ceilings, options))
+        for row in run_op(op, ceilings, options):
+            table.append(row)
             print(".", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         print(f"\n{op}\n{report.table(table)}", flush=True)

@@ -69,13 +69,15 @@ def peer_names(rows: list[dict[str, Any]]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     peers = peer_names(rows)
-    header = ["shape", "dtype", "median", "p10-p90", "bytes", "GB/s", "ceiling", "%"]
+    speed = ["tok/s", "tokens/step"] if "tok_per_s" in rows[0] else []
+    header = ["shape", "dtype", *speed, "median", "p10-p90", "bytes", "GB/s", "ceiling", "%"]
     header += [f"x {name}" for name in peers] + ["notes"]
     cells = []
     for row in rows:
         line = [
             row["shape"],
             row["dtype"],
+            *([f"{row['tok_per_s']:.1f}", f"{row['tokens_per_step']:.2f}"] if speed else []),
             time_text(row["median_us"]),
             f"{time_text(row['p10_us'])} - {time_text(row['p90_us'])}",
             bytes_text(row["bytes"]),
