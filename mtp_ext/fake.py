@@ -249,3 +249,100 @@ def _rejection_sample(
         seeds.new_empty((batch,), dtype=torch.int32),
         seeds.new_empty((batch,), dtype=torch.int32),
     )
+
+
+# ---- projections ---------------------------------------------------------------------------------
+
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+
+def _check_weight(op: str, weight: Tensor, k: int | torch.SymInt, scale: Tensor | None) -> None:
+    _check_dtype(op, "weight", weight, *_FLOATS, *_QUANTISED)
+    _check_shape(op, "weight", weight, None, k)
+    torch._check(
+        (weight.dtype in _QUANTISED) == (scale is not None),
+        lambda: f"{op}: weight_scale goes with an int8 or float8_e4m3fn weight, got {weight.dtype}",
+    )
+    _check_dtype(op, "weight_scale", scale, torch.float32)
+    _check_shape(op, "weight_scale", scale, weight.shape[0])
+
+
+@torch.library.register_fake("mtp::skinny_linear")
+def _skinny_linear(x, weight, *, bias=None, weight_scale=None):
+    op = "skinny_linear"
+    _check_dtype(op, "x", x, *_FLOATS)
+    _check_shape(op, "x", x, None, None)
+    _check_weight(op, weight, x.shape[1], weight_scale)
+    _check_dtype(op, "bias", bias, x.dtype)
+    _check_shape(op, "bias", bias, weight.shape[0])
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("mtp::eh_proj")
+def _eh_proj(
+    token_ids,
+    hidden,
+    embedding,
+    weight,
+    *,
+    enorm_weight=None,
+    hnorm_weight=None,
+    bias=None,
+    positions=None,
+    eps=1e-6,
+    gemma_norm=False,
+    hidden_first=False,
+):
+    op = "eh_proj"
+    _check_dtype(op, "hidden", hidden, *_FLOATS)
+    _check_shape(op, "hidden", hidden, None, None)
+    rows, size = hidden.shape
+    _check_dtype(op, "token_ids", token_ids, torch.int32, torch.int64)
+    _check_shape(op, "token_ids", token_ids, rows)
+    _check_dtype(op, "embedding", embedding, *_FLOATS)
+    _check_shape(op, "embedding", embedding, None, size)
+    _check_dtype(op, "weight", weight, *_FLOATS)
+    _check_shape(op, "weight", weight, None, 2 * size)
+    for name, norm in (("enorm_weight", enorm_weight), ("hnorm_weight", hnorm_weight)):
+        _check_dtype(op, name, norm, hidden.dtype)
+        _check_shape(op, name, norm, size)
+    _check_dtype(op, "bias", bias, hidden.dtype)
+    _check_shape(op, "bias", bias, weight.shape[0])
+    _check_dtype(op, "positions", positions, torch.int32, torch.int64)
+    _check_shape(op, "positions", positions, rows)
+    return hidden.new_empty((rows, weight.shape[0]))
+
+
+@torch.library.register_fake("mtp::head_topk")
+def _head_topk(
+    hidden,
+    weight,
+    k,
+    *,
+    norm_weight=None,
+    bias=None,
+    weight_scale=None,
+    token_map=None,
+    eps=1e-6,
+    gemma_norm=False,
+    softcap=0.0,
+    vocab_offset=0,
+):
+    op = "head_topk"
+    _check_dtype(op, "hidden", hidden, *_FLOATS)
+    _check_shape(op, "hidden", hidden, None, None)
+    rows, size = hidden.shape
+    _check_weight(op, weight, size, weight_scale)
+    vocab = weight.shape[0]
+    torch._check(1 <= k <= 64, lambda: f"{op}: k must be in [1, 64], got {k}")
+    torch._check(k <= vocab, lambda: f"{op}: k must be at most V={vocab}, got {k}")
+    _check_dtype(op, "norm_weight", norm_weight, hidden.dtype)
+    _check_shape(op, "norm_weight", norm_weight, size)
+    _check_dtype(op, "bias", bias, hidden.dtype)
+    _check_shape(op, "bias", bias, vocab)
+    _check_dtype(op, "token_map", token_map, torch.int32, torch.int64)
+    _check_shape(op, "token_map", token_map, vocab)
+    torch._check(softcap >= 0, lambda: f"{op}: softcap must be 0 or positive, got {softcap}")
+    logits = hidden.new_empty((rows, k), dtype=torch.float32)
+    ids = hidden.new_empty((rows, k), dtype=torch.int64)
+    return logits, ids, hidden.new_empty((rows,), dtype=torch.float32)

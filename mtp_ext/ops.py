@@ -325,3 +325,140 @@ def rejection_sample(
         token_bitmask=token_bitmask,
         method=method,
     )
+
+
+# ---- projections ---------------------------------------------------------------------------------
+
+
+def skinny_linear(
+    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> Tensor:
+    """x @ weight.T * weight_scale + bias, made for the few rows of a decoding step.
+
+    Every weight byte is read once for up to 64 rows of x; more rows run in blocks of 64. Products
+    are accumulated in f32, scale and bias applied to the sum, which is rounded once. A row's result
+    does not depend on M or on the other rows, at any M: a forward over k + 1 tokens gives the bits
+    of k + 1 forwards over one.
+
+    Args:
+        x: f32, f16 or bf16 [M, K]; rows may be strided.
+        weight: [N, K] in f32, f16 or bf16 (need not be x's dtype), or int8 or float8_e4m3fn with
+            weight_scale; rows may be strided.
+        bias: x's dtype [N].
+        weight_scale: f32 [N], one factor per weight row. Needed with int8 and float8_e4m3fn,
+            refused otherwise.
+
+    Returns:
+        x's dtype [M, N].
+
+    On CUDA, K must be a multiple of 8 and rows must be aligned to 16 bytes.
+    """
+    return _ops.skinny_linear(x, weight, bias=bias, weight_scale=weight_scale)
+
+
+def eh_proj(
+    token_ids: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    weight: Tensor,
+    *,
+    enorm_weight: Tensor | None = None,
+    hnorm_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    eps: float = 1e-6,
+    gemma_norm: bool = False,
+    hidden_first: bool = False,
+) -> Tensor:
+    """The entrance of an MTP head: gather, two RMSNorms, concatenation and projection.
+
+    concat(norm_e(embedding[token_ids]), norm_h(hidden)) @ weight.T + bias, as DeepSeek-V3 (arXiv
+    2412.19437, section 2.2) and its relatives use it. Weights are read once for up to 64 rows; a
+    row's result does not depend on T or on the other rows.
+
+    Args:
+        token_ids: int32 or int64 [T]. An id outside [0, V) takes a zero embedding.
+        hidden: f32, f16 or bf16 [T, H]; rows may be strided.
+        embedding: f32, f16 or bf16 [V, H]; rows may be strided.
+        weight: f32, f16 or bf16 [Ho, 2H]; rows may be strided.
+        enorm_weight, hnorm_weight: hidden's dtype [H]; None skips that norm.
+        bias: hidden's dtype [Ho].
+        positions: int32 or int64 [T]; rows at position 0 take a zero embedding.
+        eps: added to the mean square.
+        gemma_norm: norms scale by 1 + weight.
+        hidden_first: the order of the concatenation is [hidden, embedding] (MiMo).
+
+    Returns:
+        hidden's dtype [T, Ho].
+
+    On CUDA, H must be a multiple of 8 and weight's rows must be aligned to 16 bytes.
+    """
+    return _ops.eh_proj(
+        token_ids,
+        hidden,
+        embedding,
+        weight,
+        enorm_weight=enorm_weight,
+        hnorm_weight=hnorm_weight,
+        bias=bias,
+        positions=positions,
+        eps=eps,
+        gemma_norm=gemma_norm,
+        hidden_first=hidden_first,
+    )
+
+
+def head_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    norm_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    token_map: Tensor | None = None,
+    eps: float = 1e-6,
+    gemma_norm: bool = False,
+    softcap: float = 0.0,
+    vocab_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LM head with top-k and log-sum-exp in one pass; full logits are never stored.
+
+    A logit is cap * tanh(x / cap) of x = norm(hidden) . weight[v] * weight_scale[v] + bias[v].
+    Weights are read once for up to 64 rows; a row's result does not depend on M or on the other
+    rows. Heads that share an unembedding stack their hiddens in M.
+
+    Args:
+        hidden: f32, f16 or bf16 [M, H]; rows may be strided.
+        weight: [V, H] in f32, f16 or bf16, or int8 or float8_e4m3fn with weight_scale; rows may be
+            strided.
+        k: 1 <= k <= min(64, V).
+        norm_weight: hidden's dtype [H]; RMSNorm before the projection.
+        bias: hidden's dtype [V].
+        weight_scale: f32 [V]. Needed with int8 and float8_e4m3fn, refused otherwise.
+        token_map: int32 or int64 [V]: the id that each weight row stands for.
+        eps: added to the mean square.
+        gemma_norm: the norm scales by 1 + norm_weight.
+        softcap: 0 is off.
+        vocab_offset: added to the ids where there is no token_map.
+
+    Returns:
+        logits f32 [M, k], descending, ties lowest weight row first. NaN counts as less than -inf.
+        ids int64 [M, k].
+        lse f32 [M], over all V; NaN if any logit is.
+
+    On CUDA, H must be a multiple of 8 and weight's rows must be aligned to 16 bytes.
+    """
+    return _ops.head_topk(
+        hidden,
+        weight,
+        k,
+        norm_weight=norm_weight,
+        bias=bias,
+        weight_scale=weight_scale,
+        token_map=token_map,
+        eps=eps,
+        gemma_norm=gemma_norm,
+        softcap=softcap,
+        vocab_offset=vocab_offset,
+    )

@@ -218,18 +218,6 @@ void for_row_blocks(int rows, const Body& body) {
   }
 }
 
-// tanh to about 2 ulp: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
-F32x16 tanh(F32x16 x) {
-  const F32x16 x2 = x * x;
-  F32x16 small = broadcast(62.0f / 2835.0f);
-  small = fmadd(small, x2, broadcast(-17.0f / 315.0f));
-  small = fmadd(small, x2, broadcast(2.0f / 15.0f));
-  small = fmadd(small, x2, broadcast(-1.0f / 3.0f));
-  small = fmadd(small * x2, x, x);
-  const F32x16 large = broadcast(1.0f) - broadcast(2.0f) / (exp(x + x) + broadcast(1.0f));
-  return select(abs(x) < broadcast(0.25f), small, large);
-}
-
 float exp_of(float x) {  // e^x with e^-inf = 0, as the vectors compute it
   float lane[kLanes];
   store(lane, exp(broadcast(x)));

@@ -23,5 +23,18 @@ void with_float_type(DType dtype, const Body& body) {
   }
 }
 
+// Sixteen elements of a run-time type in f32, and back; lanes at or past n are zero, not touched.
+inline F32x16 load_partial_as(DType dtype, const void* p, int64_t index, int64_t n) {
+  F32x16 r;
+  with_float_type(dtype, [&](auto type) {
+    r = load_partial(static_cast<const decltype(type)*>(p) + index, n);
+  });
+  return r;
+}
+inline void store_partial_as(DType dtype, void* p, int64_t index, F32x16 a, int64_t n) {
+  with_float_type(dtype,
+                  [&](auto type) { store_partial(static_cast<decltype(type)*>(p) + index, a, n); });
+}
+
 }  // namespace MTP_ISA
 }  // namespace mtp::cpu

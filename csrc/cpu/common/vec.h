@@ -481,5 +481,17 @@ inline F32x16 exp(F32x16 x) {
   return select(is_nan(x), x, y);
 }
 
+// tanh to about 2 ulp: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
+inline F32x16 tanh(F32x16 x) {
+  const F32x16 x2 = x * x;
+  F32x16 small = broadcast(62.0f / 2835.0f);
+  small = fmadd(small, x2, broadcast(-17.0f / 315.0f));
+  small = fmadd(small, x2, broadcast(2.0f / 15.0f));
+  small = fmadd(small, x2, broadcast(-1.0f / 3.0f));
+  small = fmadd(small * x2, x, x);
+  const F32x16 large = broadcast(1.0f) - broadcast(2.0f) / (exp(x + x) + broadcast(1.0f));
+  return select(abs(x) < broadcast(0.25f), small, large);
+}
+
 }  // namespace MTP_ISA
 }  // namespace mtp::cpu

@@ -1,0 +1,197 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from projections import (
+    FLOATS,
+    WEIGHTS,
+    assert_as_good_as,
+    eager_weight,
+    make_weight,
+    normal,
+    padded,
+    threads,
+)
+
+from mtp_ext import ops
+from mtp_ext.reference.skinny_linear import skinny_linear
+
+# On the simulator every size counts; K is a multiple of 8 there.
+SHAPES = {
+    "cpu": [
+        (1, 1, 1),
+        (1, 48, 16),
+        (3, 5, 7),
+        (4, 97, 33),
+        (5, 50, 64),
+        (9, 150, 130),
+        (70, 61, 40),
+    ],
+    "ptxsim": [(1, 64, 64), (3, 50, 136), (9, 130, 72), (20, 17, 8), (70, 40, 48)],
+}
+SHAPES["cuda"] = SHAPES["ptxsim"] + [(64, 1000, 2048), (8, 4096, 4096)]
+
+
+def shapes(backend):
+    return SHAPES[backend.name]
+
+
+def check(backend, x, w, scale, bias=None):
+    device = backend.device
+    bias_there = None if bias is None else bias.to(device)
+    scale_there = None if scale is None else scale.to(device)
+    got = backend.ops.skinny_linear(
+        x.to(device), w.to(device), bias=bias_there, weight_scale=scale_there
+    ).cpu()
+    assert got.shape == (x.shape[0], w.shape[0]) and got.dtype == x.dtype
+    exact = skinny_linear(
+        x.double(),
+        w.double() if scale is None else w.double() * scale.double()[:, None],
+        bias=bias,
+    )
+    eager = torch.nn.functional.linear(x, eager_weight(w, scale, x.dtype), bias)
+    assert_as_good_as(got, eager, exact)
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_matches_reference(backend, dtype, weight_dtype):
+    for m, n, k in shapes(backend):
+        w, scale = make_weight(n, k, weight_dtype)
+        x = normal(m, k).to(dtype)
+        bias = normal(n, seed=3).to(dtype) if m % 2 else None
+        check(backend, x, w, scale, bias)
+
+
+def test_special_weights_of_e4m3(backend):
+    """Every code, NaN and subnormals among them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    w = codes.view(16, 16).contiguous()
+    scale = torch.ones(16)
+    x = torch.eye(16)
+    got = backend.ops.skinny_linear(
+        x.to(backend.device), w.to(backend.device), weight_scale=scale.to(backend.device)
+    ).cpu()
+    clean = w.float().nan_to_num(0.0)
+    has_nan = w.float().isnan().any(1)
+    assert torch.equal(got[:, ~has_nan], clean.T[:, ~has_nan])
+    assert got[:, has_nan].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_rows_are_independent(backend, dtype, weight_dtype):
+    """A row's bits depend neither on how many rows there are nor on where it stands."""
+    n, k = (131, 200) if backend.name != "ptxsim" else (40, 72)
+    w, scale = make_weight(n, k, weight_dtype)
+    x = normal(70, k).to(dtype)
+    w, x = w.to(backend.device), x.to(backend.device)
+    scale = None if scale is None else scale.to(backend.device)
+    full = backend.ops.skinny_linear(x, w, weight_scale=scale)
+    counts = range(1, 70) if backend.name != "ptxsim" else [1, 8, 9, 17, 33, 65]
+    for m in counts:
+        assert torch.equal(backend.ops.skinny_linear(x[:m], w, weight_scale=scale), full[:m])
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    shuffled = backend.ops.skinny_linear(x[order].contiguous(), w, weight_scale=scale)
+    assert torch.equal(shuffled, full[order])
+
+
+def test_strided_rows_and_poison(backend):
+    """What lies between and behind the rows is never used."""
+    w, _ = make_weight(50, 72, torch.bfloat16)
+    x = normal(5, 72).to(torch.bfloat16)
+    expected = backend.ops.skinny_linear(x.to(backend.device), w.to(backend.device))
+    got = backend.ops.skinny_linear(padded(x).to(backend.device), padded(w).to(backend.device))
+    assert torch.equal(got, expected)
+
+
+def test_nan_stays_in_its_row(backend):
+    w, _ = make_weight(50, 72, torch.bfloat16)
+    x = normal(6, 72).to(torch.bfloat16)
+    clean = backend.ops.skinny_linear(x.to(backend.device), w.to(backend.device))
+    x[2, 5] = float("nan")
+    got = backend.ops.skinny_linear(x.to(backend.device), w.to(backend.device))
+    assert got[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("m,n,k", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
+def test_empty(backend, m, n, k):
+    bias = torch.arange(n, dtype=torch.float32)
+    got = backend.ops.skinny_linear(
+        torch.zeros(m, k).to(backend.device),
+        torch.zeros(n, k).to(backend.device),
+        bias=bias.to(backend.device),
+    )
+    assert torch.equal(got.cpu(), bias.expand(m, n))
+
+
+def test_threads_do_not_matter():
+    w, _ = make_weight(1000, 96, torch.bfloat16)
+    x = normal(7, 96).to(torch.bfloat16)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(ops.skinny_linear(x, w))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+GOOD = dict(x=torch.zeros(3, 16), weight=torch.zeros(5, 16))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(x=torch.zeros(3, 16, dtype=torch.int32)), "x must have dtype Float or Half"),
+        (dict(x=torch.zeros(16)), r"x must have shape \[M, K\]"),
+        (dict(x=torch.zeros(16, 3).T), "x must be contiguous in its last dimension"),
+        (dict(weight=torch.zeros(5, 15)), r"weight must have shape \[N, K=16\], got \[5, 15\]"),
+        (dict(weight=torch.zeros(16, 5).T), "weight must be contiguous in its last dimension"),
+        (dict(weight=torch.zeros(5, 16, dtype=torch.float64)), "weight must have dtype"),
+        (dict(weight=torch.zeros(5, 16, dtype=torch.int8)), "weight_scale must be given"),
+        (dict(weight_scale=torch.ones(5)), "weight_scale must be None unless"),
+        (
+            dict(weight=torch.zeros(5, 16, dtype=torch.int8), weight_scale=torch.ones(4)),
+            r"weight_scale must have shape \[N=5\]",
+        ),
+        (dict(bias=torch.zeros(4)), r"bias must have shape \[N=5\]"),
+        (dict(bias=torch.zeros(5, dtype=torch.bfloat16)), "bias must have dtype Float"),
+        (dict(weight=torch.zeros(5, 16, device="meta")), "weight must be on cpu"),
+    ],
+)
+def test_bad_metadata_is_named(change, message):
+    arguments = GOOD | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mtp.skinny_linear.default(**arguments)
+
+
+def test_opcheck_and_compile():
+    w, scale = make_weight(5, 16, torch.int8)
+    x, bias = normal(3, 16).to(torch.bfloat16), normal(5).to(torch.bfloat16)
+    keywords = dict(bias=bias, weight_scale=scale)
+    torch.library.opcheck(torch.ops.mtp.skinny_linear, (x, w), keywords)
+    compiled = torch.compile(ops.skinny_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 5):
+        x = normal(rows, 16).to(torch.bfloat16)
+        assert torch.equal(compiled(x, w, **keywords), ops.skinny_linear(x, w, **keywords))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(0, 70),
+    n=st.integers(1, 120),
+    k=st.integers(1, 90),
+    dtype=st.sampled_from(FLOATS),
+    weight_dtype=st.sampled_from(WEIGHTS),
+    with_bias=st.booleans(),
+)
+def test_fuzz(m, n, k, dtype, weight_dtype, with_bias):
+    w, scale = make_weight(n, k, weight_dtype)
+    x = normal(m, k).to(dtype)
+    bias = normal(n, seed=3).to(dtype) if with_bias else None
+    exact = skinny_linear(x.double(), w, bias=bias, weight_scale=scale)
+    got = ops.skinny_linear(x, w, bias=bias, weight_scale=scale)
+    eps = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+    top = max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
+    assert (got.double() - exact).abs().max().item() <= 2 * eps * top if got.numel() else True
