@@ -135,6 +135,10 @@ __global__ void last_block(const float* x, float* partial, unsigned* counter, fl
     *counter = 0;
   }
 }
+__global__ void noncoherent(float* y, int bug) {
+  y[threadIdx.x] = 1;
+  y[threadIdx.x] = __ldg(y + threadIdx.x + (bug ? 0 : 32)) + 1;
+}
 __global__ void divergent(float* y, int bug) {
   if (bug && threadIdx.x % 2) {
     asm volatile("bar.sync 0;");
@@ -216,6 +220,7 @@ def make(name: str) -> tuple:
         "cta_reads": (4, 32, zeros(128)),
         "cta_write_after_read": (8, 32, f32(4), zeros(288)),
         "last_block": (8, 32, f32(8), zeros(8), np.zeros(1, "u4"), zeros(1)),
+        "noncoherent": (1, 32, zeros(64)),
         "divergent": (1, 128, zeros(128)),
         "some_never_arrive": (1, 128, zeros(128)),
         "counts_differ": (1, 128, zeros(128)),
@@ -244,6 +249,7 @@ PLANTED = {
     "cta_reads": (errors.GlobalRace, "CTA"),
     "cta_write_after_read": (errors.GlobalRace, "read by"),
     "last_block": (errors.GlobalRace, "read of bytes written by CTA"),
+    "noncoherent": (errors.GlobalRace, "non-coherent"),
     "divergent": (errors.BarrierError, "one warp wait at line"),
     "some_never_arrive": (errors.BarrierError, "of 96 arrived"),
     "counts_differ": (errors.BarrierError, "different thread counts"),

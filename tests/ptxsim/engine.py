@@ -104,7 +104,7 @@ def launch(
     device: Device = H100,
     seed: int | None = None,
     checks: Checks = ALL_CHECKS,
-    max_steps: int = 20_000_000,
+    max_steps: int = 5_000_000,
 ) -> LaunchReport:
     """Executes one launch on host memory. `seed` asks for a random schedule."""
     kernel = module.kernels.get(kernel_name)

@@ -61,6 +61,7 @@ class Op:
     strong: bool = False  # volatile, relaxed, acquire, release: ordered accesses do not race
     acquire: bool = False
     release: bool = False
+    noncoherent: bool = False  # ld.global.nc: the bytes must not be written during the launch
     extra: tuple = ()
 
 
@@ -494,6 +495,7 @@ def memory_op(instr: Instr, klass: str, type_at: int = -1) -> Op:
         strong,
         acquire=bool({"acquire", "acq_rel", "volatile", "relaxed"} & set(parts)),
         release=bool({"release", "acq_rel"} & set(parts)),
+        noncoherent="nc" in parts,
     )
 
 

@@ -373,6 +373,15 @@ class RegionShadow:
             setattr(self, name, plane)
         return plane
 
+    def _no_writes(self, rows, k) -> None:
+        for plane in (self.stored, self.atomic):
+            if plane is not None and (bad := plane.reshape(-1, k)[rows].any(1)).any():
+                raise Found(
+                    GlobalRace,
+                    "global memory race: non-coherent load of bytes written in this launch",
+                    int(np.flatnonzero(bad)[0]),
+                )
+
     def _atomics(self, shadow: GlobalShadow, rows, k, cta, what: str) -> None:
         """A plain access is ordered after atomics iff the CTA did a strong operation since."""
         if self.atomic is None:
@@ -425,13 +434,15 @@ class RegionShadow:
 
     def access(
         self, shadow: GlobalShadow, kind: str, addresses: np.ndarray, size: int, cta: np.ndarray,
-        strong: bool, excuse: Excuse | None = None,
+        strong: bool, excuse: Excuse | None = None, noncoherent: bool = False,
     ) -> np.ndarray | None:  # fmt: skip
         """Checks and records one access per lane; like `SharedShadow.store` returns lost writes."""
         rows, k = self._rows(addresses, size)
         stamp = ((shadow.clock << _CTA_BITS) | (cta + 1)) if self.track else None
         if kind == "load" and not strong:
             if self.track:
+                if noncoherent:
+                    self._no_writes(rows, k)
                 self._conflicts(shadow, self.stored, rows, k, cta, "read of bytes written by")
                 self._atomics(shadow, rows, k, cta, "plain read of bytes updated atomically")
             self._mark(self.loaded, rows, k, stamp, True)

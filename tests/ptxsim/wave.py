@@ -429,7 +429,14 @@ class Wave:
             cta = self.cta_of[threads] + self.first_cta
             try:
                 lost = self.globals.region(region, r).access(
-                    self.globals, kind, a, size, cta, op.strong or kind == "atomic", excuse
+                    self.globals,
+                    kind,
+                    a,
+                    size,
+                    cta,
+                    op.strong or kind == "atomic",
+                    excuse,
+                    op.noncoherent,
                 )
             except Found as found:
                 self.fail(
