@@ -201,6 +201,11 @@ class OtherLoad:
 
 # ---- timing --------------------------------------------------------------------------------------
 
+Clock = Callable[[], float]
+# The second counts the calling thread's time on a core, so it needs one thread; it is for machines
+# that others keep busy, where a wall clock mostly shows the scheduler.
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
+
 
 class Rotation:
     """Input sets taken in turn by every contender, so that the next one is never in the cache."""
@@ -220,18 +225,18 @@ def set_count(case_bytes: int, cache_bytes: int) -> int:
 class CpuTimer:
     """One sample is the mean of enough calls to outlast the clock's resolution."""
 
-    def __init__(self, call: Callable[..., Any], inputs: Rotation) -> None:
-        self.call, self.inputs = call, inputs
+    def __init__(self, call: Callable[..., Any], inputs: Rotation, clock: Clock) -> None:
+        self.call, self.inputs, self.clock = call, inputs, clock
         call(*inputs.next())
         self.calls = 1
         self.calls = max(1, round(MIN_SAMPLE_SECONDS / max(self.sample(), 1e-9)))
 
     def sample(self) -> float:
         sets = [self.inputs.next() for _ in range(self.calls)]
-        start = time.perf_counter()
+        start = self.clock()
         for inputs in sets:
             self.call(*inputs)
-        return (time.perf_counter() - start) / self.calls
+        return (self.clock() - start) / self.calls
 
 
 class CudaTimer:
@@ -275,8 +280,10 @@ class CudaTimer:
         return start.elapsed_time(end) / 1e3 / (self.calls * self.repeats)
 
 
-def make_timer(device: str, call: Callable[..., Any], inputs: Rotation) -> CpuTimer | CudaTimer:
-    return (CudaTimer if device == "cuda" else CpuTimer)(call, inputs)
+def make_timer(
+    device: str, call: Callable[..., Any], inputs: Rotation, clock: Clock
+) -> CpuTimer | CudaTimer:
+    return CudaTimer(call, inputs) if device == "cuda" else CpuTimer(call, inputs, clock)
 
 
 def interleave(
@@ -322,8 +329,8 @@ class Ceilings:
     """Streaming read, streaming copy (bytes read plus bytes written) and a large matmul, as the
     best of several ways to ask torch for it."""
 
-    def __init__(self, device: str, scale: float = 1.0) -> None:
-        self.device = device
+    def __init__(self, device: str, scale: float = 1.0, clock: Clock = CLOCKS["wall"]) -> None:
+        self.device, self.clock = device, clock
         cache = last_level_cache(device)
         floats = int(max(4 * cache, 2**20) * scale) // 4 // 8192 * 8192
         self.stream_bytes = 4 * floats
@@ -353,7 +360,8 @@ class Ceilings:
             ("matmul", matmul, 2 * n**3),
         ):
             timers = {
-                name: make_timer(device, call, Rotation([()])) for name, call in probes.items()
+                name: make_timer(device, call, Rotation([()]), clock)
+                for name, call in probes.items()
             }
             samples = interleave({name: t.sample for name, t in timers.items()}, 1.0, 5, 30)
             best = min(samples, key=lambda name: statistics.median(samples[name]))
@@ -372,7 +380,7 @@ class Ceilings:
         return "matmul" if case.flops / self.found["matmul"]["per_second"] > memory else kind
 
     def timer(self, kind: str) -> CpuTimer | CudaTimer:
-        return make_timer(self.device, self.calls[kind], Rotation([()]))
+        return make_timer(self.device, self.calls[kind], Rotation([()]), self.clock)
 
 
 # ---- one row -------------------------------------------------------------------------------------
@@ -403,7 +411,7 @@ def run_case(
             failures[name] = "not installed"
             continue
         try:
-            timers[name] = make_timer(device, call, inputs)
+            timers[name] = make_timer(device, call, inputs, ceilings.clock)
         except Exception as error:  # a peer that fails is a dash and a reason
             if name == "ours":
                 raise
@@ -509,6 +517,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("op", nargs="*", help=f"default: all of {', '.join(available())}")
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: time on the core, of one thread")
     add("--peers", action="store_true", help="time the peers too")
     add("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     add("--small", action="store_true", help="shapes that only show that everything runs")
@@ -524,6 +533,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"no benchmark for {', '.join(unknown)}; there are {', '.join(available())}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if options.clock == "cpu" and (options.device == "cuda" or torch.get_num_threads() > 1):
+        parser.error("--clock cpu counts one thread on a CPU: set OMP_NUM_THREADS=1")
     return options
 
 
@@ -534,9 +545,9 @@ def main(argv: list[str]) -> int:
         from bench import counters
 
         return counters.main(ops)
-    machine = describe_machine(options.device)
+    machine = describe_machine(options.device) | {"clock": options.clock}
     print(report.headline(machine), flush=True)
-    ceilings = Ceilings(options.device, 0.01 if options.small else 1.0)
+    ceilings = Ceilings(options.device, 0.01 if options.small else 1.0, CLOCKS[options.clock])
     print(report.ceiling_lines(ceilings.found), flush=True)
     rows = []
     for op in ops:

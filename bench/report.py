@@ -48,6 +48,7 @@ def headline(machine: dict[str, Any]) -> str:
     where = machine["device"]
     if machine["kind"] == "cpu":
         where += f", {machine['threads']} threads on {machine['cores']} cores, {machine['isa']}"
+        where += ", CPU time" if machine["clock"] == "cpu" else ""
     return f"{where}\ncommit {machine['commit']}; {versions}"
 
 
@@ -98,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
     """One line per row in either run. A change counts only where it exceeds the noise of both."""
     lines = [f"change from {old['machine']['commit']} to {new['machine']['commit']}"]
-    for key in ("device", "cores", "threads", "isa", "compiler"):
+    for key in ("device", "cores", "threads", "isa", "clock", "compiler"):
         before, after = old["machine"].get(key), new["machine"].get(key)
         if before != after:
             lines.append(f"not comparable: {key} was {before}, is {after}")
@@ -144,6 +145,7 @@ def caption(machine: dict[str, Any]) -> str:
     where = machine["device"]
     if machine["kind"] == "cpu":
         where += f", {machine['threads']} threads, {machine['isa']}"
+        where += ", CPU time" if machine["clock"] == "cpu" else ""
     return f"{where}, commit {machine['commit']}, torch {machine['versions']['torch']}"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_rotation_is_shared_by_all_contenders():
     inputs = harness.Rotation([(0,), (1,), (2,)])
     seen: list[tuple[str, int]] = []
     timers = {
-        name: harness.CpuTimer(lambda i, name=name: seen.append((name, i)), inputs)
+        name: harness.CpuTimer(
+            lambda i, name=name: seen.append((name, i)), inputs, time.perf_counter
+        )
         for name in ("a", "b")
     }
     for timer in timers.values():
@@ -201,8 +204,8 @@ def make_result(*rows: dict, **machine) -> dict:
         kind: {"probe": "p", "per_second": 1e10, "noise": 0.0}
         for kind in ("read", "copy", "matmul")
     }
-    described = dict(kind="cpu", device="Some CPU", cores=2, threads=2, isa="avx2", compiler="c",
-                     commit="abc", versions={"torch": "1"})  # fmt: skip
+    described = dict(kind="cpu", device="Some CPU", cores=2, threads=2, isa="avx2", clock="wall",
+                     compiler="c", commit="abc", versions={"torch": "1"})  # fmt: skip
     return {"machine": described | machine, "ceilings": ceilings, "rows": list(rows)}
 
 
@@ -245,6 +248,15 @@ def test_unknown_operator_is_named(capsys):
     with pytest.raises(SystemExit):
         command.main(["no_such_op"])
     assert "no benchmark for no_such_op; there are" in capsys.readouterr().err
+
+
+def test_cpu_time_needs_one_thread(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit):
+        options("--clock", "cpu")
+    assert "set OMP_NUM_THREADS=1" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert options("--clock", "cpu").clock == "cpu"
 
 
 def test_command_end_to_end(tmp_path, monkeypatch, capsys):
