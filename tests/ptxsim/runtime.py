@@ -365,9 +365,24 @@ def _stub() -> Path:
 _library: list[ctypes.CDLL] = []
 
 
-@functools.lru_cache(None)
 def load_ops() -> Any:
     """The operators of this checkout's csrc/, built for the simulator."""
+    ops, error = _try_load_ops()
+    if error is not None:
+        raise error
+    return ops
+
+
+@functools.lru_cache(None)
+def _try_load_ops() -> tuple[Any, Exception | None]:
+    """Once per process, so that a build that fails does so once."""
+    try:
+        return _load_ops(), None
+    except Exception as error:
+        return None, error
+
+
+def _load_ops() -> Any:
     stub = _stub()
     folder = BUILD / "ops"
     configure = [
