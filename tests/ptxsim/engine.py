@@ -218,6 +218,7 @@ class _Scheduler:
         self.runs = [0] * len(self.blocks)
         self.warp_runs = [0] * len(self.blocks)
         self.spins = 0
+        self.polling: dict[tuple[int, int], bool] = {}  # (first, last block of a loop)
         self.carry_on = 0.75  # random mode: chance that a group keeps running
 
     # --- register file ---------------------------------------------------------------------
@@ -398,10 +399,7 @@ class _Scheduler:
                 keep = not self.waiting or following < min(self.waiting)
                 if keep and following <= rank and (self.waiting or self.deferred):
                     self.spins += 1
-                    strong = any(
-                        c.startswith("atomic") or c == "mbarrier" or c == "strong"
-                        for c in block.classes
-                    )
+                    strong = self.polls(following, rank)
                     if self.spins > (self.SPIN_STRONG if strong else self.SPIN):
                         self.flush(blocks[following].live_in)
                         self.deferred.append((following, active))
@@ -415,6 +413,17 @@ class _Scheduler:
                 current = self.pick()
         self.report.steps = steps
         self.account()
+
+    def polls(self, first: int, last: int) -> bool:
+        """Does the loop over these blocks read memory that other threads may change?"""
+        if (first, last) not in self.polling:
+            self.polling[first, last] = any(
+                instr.op in ("atom", "mbarrier", "nanosleep")
+                or not {"volatile", "relaxed", "acquire"}.isdisjoint(instr.parts)
+                for block in self.blocks[first : last + 1]
+                for instr in block.instrs
+            )
+        return self.polling[first, last]
 
     def warp_count(self, active: Active) -> int:
         count = getattr(active, "warp_total", None)
