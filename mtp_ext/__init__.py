@@ -1,6 +1,13 @@
 """Kernels for multi-token prediction, as `torch.ops.mtp.*`; documented in `mtp_ext.ops`."""
 
 import importlib
+import os
+
+# An OpenMP thread that waits should spin for some 30 us, which bridges the gap to the next
+# operator. libgomp's own choice is milliseconds: where cores are shared, it then spins away the
+# time of the very thread it waits for. Read once, when torch loads the library.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 
