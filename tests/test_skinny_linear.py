@@ -157,7 +157,6 @@ GOOD = dict(x=torch.zeros(3, 16), weight=torch.zeros(5, 16))
         ),
         (dict(bias=torch.zeros(4)), r"bias must have shape \[N=5\]"),
         (dict(bias=torch.zeros(5, dtype=torch.bfloat16)), "bias must have dtype Float"),
-        (dict(weight=torch.zeros(5, 16, device="meta")), "weight must be on cpu"),
     ],
 )
 def test_bad_metadata_is_named(change, message):

@@ -30,6 +30,13 @@ __device__ __forceinline__ void copy16(uint32_t to_shared, const void* from, boo
                : "memory");
 }
 
+// For rows that are only aligned to 8 bytes.
+__device__ __forceinline__ void copy8(uint32_t to_shared, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to_shared), "l"(from),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

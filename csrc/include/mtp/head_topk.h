@@ -21,6 +21,7 @@ struct HeadTopkParams {
   float* logits;              // [M, k]
   int64_t* ids;               // [M, k]
   float* lse;                 // [M]
+  void* workspace = nullptr;  // cuda: head_topk_workspace bytes
   int64_t m, h, v;
   int64_t hidden_stride, weight_stride;  // between rows
   int64_t vocab_offset;
@@ -34,7 +35,8 @@ namespace cpu {
 void launch_head_topk(const HeadTopkParams& p);
 }
 namespace cuda {
+int64_t head_topk_workspace(const HeadTopkParams& p);
 void launch_head_topk(const HeadTopkParams& p, void* stream);
-}
+}  // namespace cuda
 
 }  // namespace mtp

@@ -14,6 +14,7 @@ struct SkinnyLinearParams {
   const void* bias;           // [N], x's dtype, or null
   const float* weight_scale;  // [N], or null
   void* out;                  // [M, N], x's dtype
+  void* workspace = nullptr;  // cuda: skinny_linear_workspace bytes
   int64_t m, n, k;
   int64_t x_stride, weight_stride;  // between rows
   DType dtype, weight_dtype;
@@ -23,7 +24,8 @@ namespace cpu {
 void launch_skinny_linear(const SkinnyLinearParams& p);
 }
 namespace cuda {
+int64_t skinny_linear_workspace(const SkinnyLinearParams& p);
 void launch_skinny_linear(const SkinnyLinearParams& p, void* stream);
-}
+}  // namespace cuda
 
 }  // namespace mtp
