@@ -498,6 +498,64 @@ def test_opcheck_and_compile(options):
     assert torch.equal(eager_case.k_cache, traced.k_cache)
 
 
+# ---- on the simulator ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulator(backend):
+    if backend.name != "ptxsim":
+        pytest.skip("about the simulator's devices, schedules and counts")
+    from ptxsim import runtime
+
+    return runtime
+
+
+@pytest.mark.parametrize("name", ["plain", "dim128", "fp8-scales", "everything", "group16", "q17"])
+def test_sm_80_code(backend, simulator, name):
+    with simulator.use_device("a100"):
+        check(backend, make_case(**CASES[name]))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_order_of_warps(backend, simulator, seed):
+    case = make_case(**CASES["everything"])
+    out, lse, _ = run(backend, case)
+    with simulator.record(seed=seed):
+        again, lse_again, _ = run(backend, case)
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+COUNTED = {
+    "q1": dict(lens=(200, 70), q_lens=(1, 1), heads=(8, 2), dim=128),
+    "q8": dict(lens=(200, 70), q_lens=(8, 8), heads=(8, 2), dim=128),
+    "64-rows": dict(lens=(200,), q_lens=(16,), heads=(4, 1), page=64, layout="HND"),
+    "dim80": dict(lens=(150,), q_lens=(4,), heads=(2, 1), dim=80, page=3),
+    "dim192": dict(lens=(100,), q_lens=(4,), heads=(2, 1), dim=192),
+    "fp8": dict(lens=(150,), q_lens=(4,), heads=(2, 1), dim=128, cache_dtype=FP8),
+    "splits": dict(lens=(1030,), q_lens=(4,), heads=(2, 1)),
+    "window": dict(lens=(256,), q_lens=(4,), heads=(2, 1), window=64),
+}
+
+
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_key_is_loaded_once(backend, simulator, name, device):
+    """Bytes loaded over the floor, whatever q_len is; no bank conflict anywhere."""
+    case = make_case(**COUNTED[name])
+    with simulator.record(device) as launches:
+        run(backend, case)
+    window = case.options.get("window", 10**9)
+    # A window is read in whole tiles of 64 keys.
+    keys = sum(min(n, -(-(window + m) // 64) * 64 + 64) for n, m in zip(
+        case.cache_lens.tolist(), case.cu_q_lens.diff().tolist()))  # fmt: skip
+    floor = keys * case.k.shape[1] * case.k.shape[2] * case.k_cache.element_size()
+    for cache in ("k_cache", "v_cache"):
+        assert launches[0].loaded_bytes(cache) <= 1.02 * floor
+        assert launches[0].sector_efficiency(cache) == 1.0
+    assert sum(launch.bank_conflicts for launch in launches) == 0
+    assert len(launches) == (2 if case.block_table.shape[1] * case.page_size > 1024 else 1)
+
+
 # ---- fuzz ----------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,12 @@
 // appends a head's rows races with nobody. An e4m3 cache is widened into a 16-bit tile in shared
 // memory, new rows being quantised on the way.
 //
-// Registers per thread (sm_80 / sm_90a), shared memory per CTA at 64 packed rows:
-//   see the table beside launch_attention.
+// Without spills, as the compiler reports; D is padded to a width of 64, 128 or 256:
+//
+//   width   registers sm_80/sm_90a   shared KiB per CTA at 16, 32, 64 packed rows   with e4m3
+//      64          155 / 156                  71  73  77                            55  57  61
+//     128          204 / 212                 104 108 116                            88  92 100
+//     256          255 / 255                 139 147 163                           107 115 131
 #include <cmath>
 
 #include "cuda/common/async_copy.cuh"
@@ -226,13 +230,13 @@ struct Shared {
     valid = reinterpret_cast<uint32_t*>(rows + Tr::kRing * 2 * Tr::kTile);
   }
   __device__ __forceinline__ char* stage(int64_t tile, int which) const {
-    return stages + (static_cast<int>(tile % Tr::kStages) * 2 + which) * Tr::kStageBytes;
+    return stages + (static_cast<int>(static_cast<uint32_t>(tile) % Tr::kStages) * 2 + which) * Tr::kStageBytes;
   }
   __device__ __forceinline__ const char** row(int64_t tile, int which) const {
-    return rows + (static_cast<int>(tile % Tr::kRing) * 2 + which) * Tr::kTile;
+    return rows + (static_cast<int>(static_cast<uint32_t>(tile) % Tr::kRing) * 2 + which) * Tr::kTile;
   }
   __device__ __forceinline__ uint32_t* valid_bits(int64_t tile) const {
-    return valid + static_cast<int>(tile % Tr::kRing) * 2;
+    return valid + static_cast<int>(static_cast<uint32_t>(tile) % Tr::kRing) * 2;
   }
 };
 
@@ -281,20 +285,19 @@ __device__ __forceinline__ void store_rows(const VerifyAttentionParams& p, const
 template <typename Tr>
 __device__ __forceinline__ void copy_tile(const VerifyAttentionParams& p, const Shared<Tr>& shared,
                                           int64_t tile, uint64_t policy) {
-  constexpr int kChunks = Tr::kCacheChunks;
-  const int real = static_cast<int>(p.append.head_dim * sizeof(typename Tr::C) / 16);
+  constexpr int kChunks = Tr::kCacheChunks, kStep = kThreads / kChunks;
+  const int first_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const bool real = chunk < p.append.head_dim * sizeof(typename Tr::C) / 16;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     const uint32_t to = shared_address(shared.stage(tile, which));
     const char* const* rows = shared.row(tile, which);
-#pragma unroll 4
-    for (int e = threadIdx.x; e < Tr::kTile * kChunks; e += kThreads) {
-      const int row = e / kChunks, chunk = e % kChunks;
+#pragma unroll
+    for (int i = 0; i < Tr::kTile; i += kStep) {
+      const int row = first_row + i;
       const char* from = rows[row];
-      const bool valid = from != nullptr && chunk < real;
-      const int at = Tr::kWiden ? e * 16 : Tr::swizzle(row, chunk);
-      copy16(to + at, valid ? from + chunk * 16 : static_cast<const char*>(p.append.k), valid,
-             policy);
+      const int at = Tr::kWiden ? (row * kChunks + chunk) * 16 : Tr::swizzle(row, chunk);
+      copy16(to + at, from + chunk * 16, real && from != nullptr, policy);
     }
   }
 }
@@ -308,15 +311,16 @@ __device__ __forceinline__ void widen_tile(const VerifyAttentionParams& p, const
   const KvAppendParams& a = p.append;
   const uint32_t* valid = shared.valid_bits(tile);
   const int64_t start = tile * Tr::kTile;
+  const int chunk = threadIdx.x % Tr::kChunks;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     const char* from = shared.stage(tile, which);
     char* to = shared.wide + which * (Tr::kTile * Tr::kDim * sizeof(T));
 #pragma unroll 2
-    for (int e = threadIdx.x; e < Tr::kTile * Tr::kChunks; e += kThreads) {
-      const int row = e / Tr::kChunks, chunk = e % Tr::kChunks;
+    for (int row = threadIdx.x / Tr::kChunks; row < Tr::kTile; row += kThreads / Tr::kChunks) {
       alignas(8) C stored[8];
-      *reinterpret_cast<uint2*>(stored) = *reinterpret_cast<const uint2*>(from + e * 8);
+      *reinterpret_cast<uint2*>(stored) =
+          *reinterpret_cast<const uint2*>(from + (row * Tr::kChunks + chunk) * 8);
       if (start + row >= block.length && (valid[row / 32] >> (row % 32) & 1) &&
           chunk * 8 < a.head_dim) {
         const int64_t t = block.first_token + (start + row - block.length);

@@ -393,7 +393,9 @@ class _Scheduler:
             if following is None:
                 current = self.pick()
                 continue
-            if self.rng is not None:
+            if following in self.stalled:  # warp mates wait there: join them
+                keep = False
+            elif self.rng is not None:
                 keep = self.rng.random() < self.carry_on and following not in self.waiting
             else:
                 keep = not self.waiting or following < min(self.waiting)
