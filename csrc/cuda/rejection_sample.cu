@@ -33,6 +33,7 @@ using namespace rejection;
 constexpr int kStreamThreads = 128, kStreamWarps = kStreamThreads / kWarp;
 constexpr int kFilterThreads = 512, kFilterWarps = kFilterThreads / kWarp;
 constexpr int kListSize = 3072;
+constexpr int kGroups = 8;  // of a chunk's lanes, whose maxima bound what top_k can keep
 constexpr float kInf = __builtin_huge_valf();
 constexpr int64_t kTargetCtas = 512;
 using Word64 = unsigned long long;
@@ -66,6 +67,7 @@ struct Workspace {
   int64_t rows;           // row slots per request
   int64_t chunks;         // per row
   float* chunk_max;       // [B, rows, chunks]
+  float* group_max;       // [B, rows, chunks, kGroups], where top_k is on
   int64_t* chunk_sum;     // [B, rows, chunks]; -1: faulty
   Distribution* rows_of;  // [B, rows]
   double* residual;       // [B, rows], for blocks with a dense q
@@ -86,6 +88,7 @@ int64_t lay_out(const RejectionSampleParams& p, Workspace* w) {
     bytes += ceil_div<int64_t>(n * static_cast<int64_t>(sizeof(*field)), 16) * 16;
   };
   take(w->chunk_max, slots * w->chunks);
+  take(w->group_max, p.top_k ? slots * w->chunks * kGroups : 0);
   take(w->chunk_sum, slots * w->chunks);
   take(w->rows_of, slots);
   take(w->residual, slots);
@@ -133,6 +136,14 @@ __global__ void __launch_bounds__(kStreamThreads)
         top = fmaxf(top, x[k][j]);
       }
     }
+    if (settings.top_k > 0) {
+#pragma unroll
+      for (int offset = kWarp / 2; offset >= kGroups; offset /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, offset));
+      }
+      const int lane = threadIdx.x % kWarp;
+      if (lane < kGroups) ws.group_max[(slot * ws.chunks + c) * kGroups + lane] = top;
+    }
     top = warp_reduce(top, Largest());
     bad = __any_sync(kAllLanes, bad);
     int64_t sum = 0;
@@ -165,7 +176,6 @@ struct FilterShared {
   int listed;  // keys pushed, which may exceed kListSize
   int bin;
   int64_t above, size;
-  float bound;
 };
 
 // The candidates of one row: their keys in `list` if they fit, else read again from the row.
@@ -275,7 +285,7 @@ struct Candidates {
       const bool refill = n > kListSize;
       __syncthreads();
       for (int i = threadIdx.x; i < kBins; i += kFilterThreads) s.bins[i] = 0;
-      if (threadIdx.x == 0 && refill) s.listed = 0;
+      if (threadIdx.x == 0) s.listed = 0;
       __syncthreads();
       const auto add = [&](uint64_t key) {
         if (key >> top != prefix) return;
@@ -290,7 +300,7 @@ struct Candidates {
         each_in_list(n, add);
       }
       __syncthreads();
-      if (refill && prefix) n = s.listed;
+      if (refill) n = prefix ? s.listed : kListSize + 1;
       find_bin(digits, above, target);
       const int bin = s.bin;
       if (bin < 0) return 0;
@@ -303,35 +313,22 @@ struct Candidates {
   }
 };
 
-// The k-th largest of the chunks' maxima; -inf if there are fewer.
-__device__ __forceinline__ float kth_chunk_max(const float* chunk_max, int64_t chunks, int64_t k,
-                                               float* result) {
-  if (threadIdx.x == 0) *result = kMinusInf;
-  __syncthreads();
-  if (k <= chunks) {
-    for (int64_t c = threadIdx.x; c < chunks; c += kFilterThreads) {
-      const float mine = chunk_max[c];
-      int64_t rank = 0;
-      for (int64_t o = 0; o < chunks; ++o) {
-        const float other = chunk_max[o];
-        rank += other > mine || (other == mine && o < c);
-      }
-      if (rank == k - 1) *result = mine;
-    }
-  }
-  __syncthreads();
-  return *result;
-}
-
 template <typename T>
 __device__ __forceinline__ void apply_filters(const TargetRow<T>& row, const Settings& settings,
-                                              const float* chunk_max, int64_t chunks,
-                                              FilterShared& s, Distribution* d) {
+                                              const float* chunk_max, const float* group_max,
+                                              int64_t chunks, FilterShared& s, Distribution* d) {
+  Candidates<T> candidates{row, *d, chunk_max, chunks, kMinusInf, s, Order(row.vocab)};
   float low = round_up(lowest_candidate(settings, *d, row.vocab));
-  if (settings.top_k > 0) {
-    low = fmaxf(low, kth_chunk_max(chunk_max, chunks, settings.top_k, &s.bound));
+  const int64_t groups = chunks * kGroups;
+  if (settings.top_k > 0 && settings.top_k <= groups && groups <= kListSize) {
+    // The k-th largest of the maxima of disjoint groups is at most the k-th largest of all.
+    for (int i = threadIdx.x; i < groups; i += kFilterThreads) {
+      s.list[i] = candidates.order.key(group_max[i], 0);
+    }
+    const uint64_t kth = candidates.descend(settings.top_k, false, static_cast<int>(groups));
+    low = fmaxf(low, candidates.order.logit(kth));
   }
-  const Candidates<T> candidates{row, *d, chunk_max, chunks, low, s, Order(row.vocab)};
+  candidates.low = low;
   const int count = candidates.collect();
   // The list survives as long as it was never overflowed.
   uint64_t last = 0;
@@ -419,7 +416,10 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
       sum += rescale_fixed(chunk_sum[c], weight(chunk_max[c], d.max, d.inv_temperature));
     }
     d.sum = block_reduce<kFilterThreads>(sum, s.ints, Add());
-    if (settings.filtered()) apply_filters(row, settings, chunk_max, ws.chunks, s, &d);
+    if (settings.filtered()) {
+      apply_filters(row, settings, chunk_max, ws.group_max + slot * ws.chunks * kGroups, ws.chunks,
+                    s, &d);
+    }
   }
   if (threadIdx.x == 0) ws.rows_of[slot] = d;
 
