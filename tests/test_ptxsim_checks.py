@@ -70,17 +70,6 @@ __global__ void warp_exchange(const float* x, float* y, int bug) {
   if (!bug) __syncwarp();
   y[threadIdx.x] = s[threadIdx.x ^ 1];
 }
-__global__ void after_shuffle(float* y, int bug) {
-  __shared__ float s[32];
-  s[threadIdx.x] = threadIdx.x;
-  __syncwarp();
-  float v = s[threadIdx.x ^ 1];
-  v += __shfl_xor_sync(0xffffffffu, v, 1);
-  s[threadIdx.x] = v;  // ordered after the reads, which the shuffle waited for
-  v += __shfl_xor_sync(0xffffffffu, v, 2);
-  if (!bug) __syncwarp();
-  y[threadIdx.x] = v + s[threadIdx.x ^ 1];  // not ordered after the writes
-}
 __global__ void async_copy(const float4* x, float4* y, int bug) {
   __shared__ float4 s[128];
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(sptr(&s[threadIdx.x])),
@@ -224,7 +213,6 @@ def make(name: str) -> tuple:
         "write_after_write": (1, 128, zeros(128)),
         "same_instruction": (1, 128, zeros(128)),
         "warp_exchange": (1, 128, f32(128), zeros(128)),
-        "after_shuffle": (1, 32, zeros(32)),
         "async_copy": (1, 128, f32(512), zeros(512)),
         "async_copy_no_barrier": (1, 128, f32(512), zeros(512)),
         "ring": (1, 64, f32(1024), zeros(256)),
@@ -254,7 +242,6 @@ PLANTED = {
     "write_after_write": (errors.SharedRace, "wrote"),
     "same_instruction": (errors.SharedRace, "different values"),
     "warp_exchange": (errors.SharedRace, "read of bytes"),
-    "after_shuffle": (errors.SharedRace, "read of bytes"),
     "async_copy": (errors.SharedRace, "cp.async nothing waited for"),
     "async_copy_no_barrier": (errors.SharedRace, "read of bytes"),
     "ring": (errors.SharedRace, "write of bytes that thread"),

@@ -46,6 +46,7 @@ class MTPSpec:
     head_dim: int
     intermediate_size: int
     rope_theta: float = 10000.0
+    max_positions: int = 8192
     eps: float = 1e-5
     concat: Literal["eh", "he"] = "eh"  # [e; h] as DeepSeek, [h; e] as MiMo
     embed_norm: bool = True
@@ -74,14 +75,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], 1 + weight if gemma else weight, eps)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rope_table(spec: MTPSpec, device: torch.device | str = "cpu") -> Tensor:
+    """f32 [max_positions, D]: the cosines of a position, then its sines."""
+    half = spec.head_dim // 2
+    frequency = spec.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.outer(torch.arange(spec.max_positions, dtype=torch.float32), frequency)
+    return torch.cat([angle.cos(), angle.sin()], -1).to(device)
+
+
+def rotate(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """Rotary embedding, halves layout: x [..., heads, D], positions [...]."""
-    half = x.shape[-1] // 2
-    inverse = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (positions[..., None].float() * inverse)[..., None, :]
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    cos, sin = table[positions][..., None, :].chunk(2, -1)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Attention(nn.Module):
@@ -135,6 +141,7 @@ class MTPBlock(nn.Module):
         self.post_attention_layernorm = norm()
         self.mlp = MLP(spec)
         self.shared_head = SharedHead(spec) if spec.own_norm else None
+        self.register_buffer("rope", rope_table(spec), persistent=False)
 
     def project(self, embedded: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         """The head's prologue in autograd, as `ops.eh_proj` computes it."""
@@ -163,33 +170,34 @@ class MTPBlock(nn.Module):
         self,
         embedded: Tensor,
         hidden: Tensor,
-        positions: Tensor,
+        rows: Tensor,
         trunk_kv: tuple[Tensor, Tensor],
         drafted_kv: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One recurrent depth, for all starting rows i at once.
+        """One recurrent depth for the drafts that start at `rows` [R], the same of each sequence.
 
-        hidden is the previous depth's `recur` of the same i, embedded the next token after it,
-        positions those of the rows being written. Such a row sees the trunk-fed rows 0..i, the
-        rows that this draft wrote before it, and itself, exactly as in decoding.
+        hidden [B, R, H] is the previous depth's `recur`, embedded [B, R, H] the next token after
+        it. A draft that starts at row i sees the trunk-fed rows 0..i, what it wrote at its
+        earlier depths (`drafted_kv`, one pair each) and itself, exactly as in decoding.
         """
+        positions = (rows + len(drafted_kv) + 1).expand(embedded.shape[:2])
         x = self.project(embedded, hidden, positions)
         q, k, v = self._qkv(x, positions)
         group = self.spec.num_heads // self.spec.num_kv_heads
-        q = q.unflatten(2, (self.spec.num_kv_heads, group))  # [B, S, Hkv, G, D]
+        q = q.unflatten(2, (self.spec.num_kv_heads, group)).transpose(1, 2)  # [B, Hkv, R, G, D]
         q = q * self.spec.head_dim**-0.5
-        keys, values = trunk_kv
-        length = keys.shape[1]
-        scores = torch.einsum("bshgd,bthd->bshgt", q, keys)
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future[None, :, None, None, :], float("-inf"))
-        drafted = [*drafted_kv, (k, v)]
-        own = [torch.einsum("bshgd,bshd->bshg", q, key)[..., None] for key, _ in drafted]
+        keys, values = (t.transpose(1, 2) for t in trunk_kv)  # [B, Hkv, S, D]
+        scores = q.flatten(2, 3) @ keys.transpose(-1, -2)  # [B, Hkv, R G, S]
+        hidden_keys = torch.arange(keys.shape[2], device=q.device) > rows[:, None]
+        scores = scores.unflatten(2, (-1, group)).masked_fill(hidden_keys[:, None], float("-inf"))
+        drafted = [(k, v), *drafted_kv]
+        own = [(q * key.transpose(1, 2)[:, :, :, None]).sum(-1, keepdim=True) for key, _ in drafted]
         weights = torch.softmax(torch.cat([scores, *own], -1), -1)
-        out = torch.einsum("bshgt,bthd->bshgd", weights[..., :length], values)
+        trunk_weights, own_weights = weights.split([keys.shape[2], len(own)], -1)
+        out = (trunk_weights.flatten(2, 3) @ values).unflatten(2, (-1, group))
         for n, (_, value) in enumerate(drafted):
-            out = out + weights[..., length + n, None] * value[:, :, :, None]
-        return self._finish(x, out.flatten(2, 3)), (k, v)
+            out = out + own_weights[..., n, None] * value.transpose(1, 2)[:, :, :, None]
+        return self._finish(x, out.transpose(1, 2).flatten(2, 3)), (k, v)
 
     def normed(self, y: Tensor, trunk_norm: Tensor | None = None) -> Tensor:
         """What the LM head multiplies."""
@@ -206,8 +214,7 @@ class MTPBlock(nn.Module):
         q = self.self_attn.q_proj(n).unflatten(-1, (-1, d))
         k = self.self_attn.k_proj(n).unflatten(-1, (-1, d))
         v = self.self_attn.v_proj(n).unflatten(-1, (-1, d))
-        theta = self.spec.rope_theta
-        return rotate(q, positions, theta), rotate(k, positions, theta), v
+        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.self_attn.o_proj(attended.flatten(2))
@@ -256,6 +263,7 @@ class MTPHead:
         self.gate_up = weight(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
         self.down = weight(mlp.down_proj.weight)
         self.norm = weight(block.shared_head.norm.weight if spec.own_norm else trunk_norm)
+        self.rope = rope_table(spec, self.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> tuple[Tensor, Tensor]:
         """Zeroed k_cache and v_cache, [pages, page_size, Hkv, D] each."""
@@ -301,25 +309,23 @@ class MTPHead:
             gemma_norm=spec.gemma_norm,
             hidden_first=spec.concat == "he",
         )
-        x = projected.float()
-        heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = ops.skinny_linear(self._norm(x, self.input_norm), self.qkv).unflatten(-1, (-1, d))
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-        attended, _ = ops.verify_attention(
-            rotate(q, positions, spec.rope_theta),
-            rotate(k, positions, spec.rope_theta),
-            v,
-            k_cache,
-            v_cache,
-            block_table,
-            cache_lens,
-            cu_q_lens,
-            max_q_len,
+        residual = projected.float()
+        y = ops.add_rms_norm(residual, self.input_norm, eps=spec.eps, gemma_norm=spec.gemma_norm)
+        q, k, v = ops.rope_qkv(
+            ops.skinny_linear(y, self.qkv), positions, self.rope, spec.num_heads, spec.num_kv_heads
         )
-        x = x + ops.skinny_linear(attended.flatten(1), self.o_proj)
-        gate_up = ops.skinny_linear(self._norm(x, self.post_norm), self.gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return x + ops.skinny_linear((F.silu(gate) * up), self.down)
+        y, _ = ops.verify_attention(
+            q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len
+        )
+        y = ops.add_rms_norm(
+            residual,
+            self.post_norm,
+            x=ops.skinny_linear(y.flatten(1), self.o_proj),
+            eps=spec.eps,
+            gemma_norm=spec.gemma_norm,
+        )
+        y = ops.silu_and_mul(ops.skinny_linear(y, self.gate_up))
+        return residual.add_(ops.skinny_linear(y, self.down))
 
     def propose(self, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k likeliest next tokens of each row of y [M, H]: `ops.head_topk`'s results."""
@@ -335,7 +341,6 @@ class MTPHead:
 
     def recur(self, y: Tensor) -> Tensor:
         """What the next depth's `extend` takes as hidden."""
-        return self._norm(y, self.norm) if self.spec.recur_source == "post_norm" else y
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.float(), self.spec.eps, self.spec.gemma_norm).to(self.dtype)
+        if self.spec.recur_source == "pre_norm":
+            return y
+        return ops.add_rms_norm(y, self.norm, eps=self.spec.eps, gemma_norm=self.spec.gemma_norm)

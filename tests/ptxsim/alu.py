@@ -315,6 +315,7 @@ def _carry(p, instr):
     """Extended-precision arithmetic; the carry flag is one more operand and result."""
     name, k = instr.op, unsigned(kind(p[-1]))
     carry_in, carry_out = name.endswith("c"), "cc" in p
+    bits = 8 * int(k[1])
 
     def add(a, b, c):
         s = a + b
@@ -344,6 +345,7 @@ def _carry(p, instr):
         ins = (k, k, k, "b1")
     else:
         fn, ins = (add if name.startswith("add") else sub), (k, k, "b1")
+    del bits
     if carry_out:
         return Sem(fn, ins, (k, "b1"), "int")
     return Sem(lambda *xs: fn(*xs)[0], ins, k, "int")
@@ -971,7 +973,10 @@ def _cvt(p, instr):
         if dst in ("f32", "f64") and _mode(p) == "rn" and "sat" not in p:
             return Sem(lambda x: x.astype(kd), (ks,), kd, "cvt")
         if int(ks[1]) == 8:
-            mode = _mode(p)  # through f64 rounded to odd, built from two exact halves
+            if dst != "f32":
+                # Through f64 rounded to odd, built from two exact halves.
+                pass
+            mode = _mode(p)
 
             def wide(x):
                 high = (x >> x.dtype.type(32)).astype(F8) * 4294967296.0

@@ -36,8 +36,6 @@ class SharedShadow:
         self.last_write = self.last_read = 0
         # The diagonal is what a warp's own lanes know of each other: raised by __syncwarp.
         self.known = np.zeros((ctas, warps, warps), np.int32)
-        # What of each warp's reads its lanes know to be over: shuffles and votes wait for them.
-        self.converged = np.zeros((ctas, warps), np.int32)
         self.floor = np.zeros(ctas, np.int32)  # everything up to here is ordered for all warps
         self.global_floor = 0
 
@@ -72,7 +70,6 @@ class SharedShadow:
             if plane is not None:
                 move(plane)
         self.known = np.maximum(self.known - shift, 1)
-        self.converged = np.maximum(self.converged - shift, 1)
         self.floor = np.maximum(self.floor - shift, 1)
         self.global_floor = max(self.global_floor - shift, 1)
         self.now -= shift
@@ -118,14 +115,6 @@ class SharedShadow:
         else:
             cta, w = np.divmod(warps, self.warps)
             self.known[cta, w, w] = now
-
-    def converge(self, warps: np.ndarray | None) -> None:
-        """A shuffle or vote: these warps have the values of earlier reads; writes may not show."""
-        now = self.tick()
-        if warps is None:
-            self.converged[:] = now
-        else:
-            self.converged.reshape(-1)[warps] = now
 
     # --- accesses --------------------------------------------------------------------------
 
@@ -257,10 +246,7 @@ class SharedShadow:
         late = np.flatnonzero((stamps >> _THREAD_BITS > self.floor[cta][:, None]).any(1))
         if not len(late):
             return
-        part, t, c = stamps[late], thread[late][:, None], cta[late][:, None]
-        ok = self._ordered(part, t, c)
-        own = (part & 1023) >> 5 == t >> 5
-        ok |= own & (part >> _THREAD_BITS <= self.converged[c, t >> 5])
+        ok = self._ordered(stamps[late], thread[late][:, None], cta[late][:, None])
         if not ok.all():
             i, j = np.argwhere(~ok)[0]
             other = int(stamps[late[i], j]) & 1023

@@ -944,12 +944,7 @@ class Wave:
             # hide races, but groups of lanes rarely share data without the rest.
             self.shadow.warp_sync(None if whole else warps)
 
-    def converge(self) -> None:
-        if self.shadow is not None:
-            self.shadow.converge(None if self.active.idx is None else self.active.layout[0])
-
     def shfl(self, mode: str, a, b, c, mask) -> tuple[np.ndarray, np.ndarray]:
-        self.converge()
         uniform = b.size == 1 and c.size == 1
         if uniform:
             delta, control = b.astype(np.int64) & 31, c.astype(np.int64)
@@ -983,7 +978,6 @@ class Wave:
         return self.from_warps(out), self.from_warps(valid)
 
     def vote(self, mode: str, p, member, mask) -> list[np.ndarray]:
-        self.converge()
         values = self.to_warps(p)
         present = self.present(mask)
         if member is not None and not (member.size == 1 and member[0] == 0xFFFFFFFF):
@@ -1032,7 +1026,6 @@ class Wave:
         return self.from_warps((ones == member_w) | (ones == 0))
 
     def match(self, mode: str, a, member, mask) -> tuple[np.ndarray, np.ndarray]:
-        self.converge()
         values, members = (
             self.to_warps(a),
             self.to_warps(
@@ -1051,7 +1044,6 @@ class Wave:
         return self.from_warps(np.where(every, full, U4.type(0))), self.from_warps(every)
 
     def redux(self, action: str, a, member, nan: bool, absolute: bool, mask) -> list[np.ndarray]:
-        self.converge()
         values = self.to_warps(a)
         present = self.present(mask)
         members = None

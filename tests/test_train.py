@@ -1,0 +1,327 @@
+"""Training: what a row may see, the closed-form start, resuming, acceptance, the shipped head."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_ext.models import Llama, LlamaConfig
+from mtp_ext.nn import MTPBlock, MTPSpec
+from mtp_ext.train.cli import last_layer, spec_for
+from mtp_ext.train.data import TOP, Documents, Shard, draft_vocabulary
+from mtp_ext.train.generate import Task, annotate, generate, repeats, to_shard
+from mtp_ext.train.trainer import (
+    Objective,
+    TrainConfig,
+    Trainer,
+    closed_form_start,
+    evaluate,
+)
+
+VOCAB, SIZE = 48, 32
+SPEC = MTPSpec(
+    hidden_size=SIZE,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_positions=128,
+)
+
+
+def random_shard(lens: list[int], seed: int = 0) -> Shard:
+    g = torch.Generator().manual_seed(seed)
+    total = sum(lens)
+    logits = torch.randn(total, VOCAB, generator=g)
+    top = logits.log_softmax(-1).topk(TOP, -1)
+    return Shard(
+        tokens=torch.randint(VOCAB, (total,), generator=g).int(),
+        answer=torch.ones(total, dtype=torch.bool),
+        hidden=torch.randn(total, SIZE, generator=g).bfloat16(),
+        top_ids=top.indices.int(),
+        top_logits=top.values.half(),
+        lens=torch.tensor(lens),
+        greedy=torch.ones(len(lens), dtype=torch.bool),
+        looped=torch.zeros(len(lens), dtype=torch.bool),
+    )
+
+
+def make_objective(seed: int = 0) -> Objective:
+    g = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(VOCAB, SIZE, generator=g)
+    return Objective(embedding, embedding, torch.arange(VOCAB), torch.ones(SIZE))
+
+
+def make_block(seed: int = 0) -> MTPBlock:
+    torch.manual_seed(seed)
+    return MTPBlock(SPEC)
+
+
+# ---- what a row sees -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_row_sees_the_token_it_predicts(depth: int) -> None:
+    """Row i of depth d predicts token i + d + 1 from the tokens up to i + d and the states to i."""
+    objective, block = make_objective(), make_block()
+    batch = Documents(random_shard([14])).batch([0])
+    i = 5
+    before = objective.unroll(block, batch, depth)[-1][0, i]
+
+    batch.tokens[0, i + depth + 1 :] = (batch.tokens[0, i + depth + 1 :] + 1) % VOCAB
+    batch.hidden[0, i + 1 :] += 1
+    assert torch.equal(objective.unroll(block, batch, depth)[-1][0, i], before)
+
+    batch.tokens[0, i + depth] = (batch.tokens[0, i + depth] + 1) % VOCAB
+    assert not torch.equal(objective.unroll(block, batch, depth)[-1][0, i], before)
+
+
+def test_loss_is_the_cross_entropy_to_the_trunk_s_distribution() -> None:
+    objective, block = make_objective(), make_block()
+    shard = random_shard([9, 12])
+    shard.answer[:4] = False  # a prompt
+    documents = Documents(shard)
+    batch = documents.batch([0, 1])
+    rows = torch.tensor([0, 4, 6])
+    loss = objective.loss(block, batch, (1.0, 0.5, 0.25), rows)
+
+    expected = 0.0
+    outputs = objective.unroll(block, batch, 3)
+    for n, weight in enumerate((1.0, 0.5, 0.25)):
+        terms = []
+        for b, length in enumerate((9, 12)):
+            for i in range(length) if n == 0 else rows.tolist():
+                target = i + n + 2
+                if target >= length or (b == 0 and target < 4):
+                    continue
+                log_q = (block.normed(outputs[n][b, i]) @ objective.weight.T).log_softmax(-1)
+                p = batch.top_logits[b, target - 1].exp()
+                terms.append(-(p * log_q[batch.top_ids[b, target - 1]]).sum())
+        expected += weight * torch.stack(terms).mean()
+    torch.testing.assert_close(loss, expected / 1.75)
+
+
+def test_a_few_rows_are_unrolled_as_all_are() -> None:
+    objective, block = make_objective(), make_block()
+    batch = Documents(random_shard([16, 11])).batch([0, 1])
+    rows = torch.tensor([1, 4, 10])
+    few = objective.unroll(block, batch, 3, rows)
+    for every, some in zip(objective.unroll(block, batch, 3)[1:], few[1:]):
+        torch.testing.assert_close(every[:, rows], some)
+
+
+def test_padding_changes_nothing() -> None:
+    objective, block = make_objective(), make_block()
+    documents = Documents(random_shard([16, 9]))
+    alone, padded = documents.batch([1]), documents.batch([0, 1])
+    for one, two in zip(objective.unroll(block, alone, 3), objective.unroll(block, padded, 3)):
+        torch.testing.assert_close(one[0], two[1, : one.shape[1]])
+
+
+# ---- closed-form start ---------------------------------------------------------------------------
+
+
+def test_closed_form_start_solves_a_linear_trunk() -> None:
+    """If the next state is a linear function of token and state, eh_proj finds it."""
+    objective, shard = make_objective(), random_shard([64] * 30)
+    g = torch.Generator().manual_seed(5)
+    rule = torch.randn(SIZE, 2 * SIZE, generator=g) / (2 * SIZE) ** 0.5
+    hidden = shard.hidden.float()
+    for i in range(1, len(hidden)):
+        if i % 64:
+            e = objective.embedding[shard.tokens[i].long()]
+            h = torch.cat([rms(e), rms(hidden[i - 1])])
+            hidden[i] = rms(rule @ h) + 0.01 * torch.randn(SIZE, generator=g)
+    shard.hidden = hidden.bfloat16()
+    block, documents = make_block(), Documents(shard)
+    closed_form_start(block, objective, documents, ridge=1e-5)
+    batch = documents.batch([0, 1])
+    [y] = objective.unroll(block, batch, 1)
+    error = (rms(y) - rms(batch.hidden[:, 1:])).square().mean()
+    assert error < 0.02, f"relative error {error:.3f}"
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_each_stage_of_the_closed_form_start_lowers_the_error() -> None:
+    model = tiny_llama()
+    documents = Documents(self_written(model, 16))
+    objective = objective_for(model)
+    block = MTPBlock(spec_for(model))
+    errors = []
+    for layer in (None, last_layer(model)):
+        closed_form_start(block, objective, documents, layer)
+        batch = documents.batch(list(range(16)))
+        [y] = objective.unroll(block, batch, 1)
+        error = (y - rms(batch.hidden[:, 1:])).square().mean(-1)
+        errors.append(error[batch.answer[:, 1:]].mean().item())
+    assert errors[1] < errors[0]
+
+
+# ---- a tiny trunk, end to end --------------------------------------------------------------------
+
+
+def tiny_llama() -> Llama:
+    """Random weights; sharp enough for its greedy text to be worth predicting."""
+    config = LlamaConfig(
+        hidden_size=SIZE,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        max_positions=128,
+        eos_ids=(0,),
+    )
+    shapes = {
+        "model.embed_tokens": (VOCAB, SIZE),
+        "model.norm": (SIZE,),
+        "q_proj": (32, SIZE),
+        "k_proj": (16, SIZE),
+        "v_proj": (16, SIZE),
+        "o_proj": (SIZE, 32),
+        "gate_proj": (48, SIZE),
+        "up_proj": (48, SIZE),
+        "down_proj": (SIZE, 48),
+    }
+
+    def tensor(name: str) -> Tensor | None:
+        name = name.removesuffix(".weight")
+        if name == "lm_head":
+            return None
+        shape = shapes.get(name) or shapes.get(name.rsplit(".", 1)[-1]) or (SIZE,)
+        g = torch.Generator().manual_seed(sum(name.encode()))
+        noise = torch.randn(shape, generator=g)
+        return 1 + 0.1 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
+
+    return Llama.from_tensors(config, tensor, torch.float32)
+
+
+def self_written(model: Llama, count: int, seed: int = 0) -> Shard:
+    g = torch.Generator().manual_seed(seed)
+    tasks = [Task(torch.randint(1, VOCAB, (4,), generator=g).tolist()) for _ in range(count)]
+    return to_shard(list(generate(model, tasks, slots=16, max_answer=40, max_user=8)))
+
+
+def objective_for(model: Llama) -> Objective:
+    every = torch.arange(model.config.vocab_size)
+    return Objective(model.embedding, model.lm_head, every, model.norm)
+
+
+def test_generated_documents_hold_what_the_trunk_computes() -> None:
+    model = tiny_llama()
+    shard = self_written(model, 6)
+    for batch in (Documents(shard).batch([i]) for i in range(6)):
+        hidden = model.forward_dense(batch.tokens)
+        scale = hidden.abs().max()
+        assert (hidden - batch.hidden).abs().max() < 0.01 * scale  # bf16
+        log_p = model.logits(hidden[0]).float().log_softmax(-1)
+        decided = batch.answer[0, 1:].nonzero()[:, 0]  # the rows that chose an answer token
+        assert torch.equal(batch.top_ids[0, decided, 0], batch.tokens[0, decided + 1])
+        kept = log_p[decided].gather(1, batch.top_ids[0, decided])
+        torch.testing.assert_close(kept, batch.top_logits[0, decided], rtol=1e-2, atol=1e-2)
+
+
+def test_a_user_turn_ends_with_the_suffix() -> None:
+    model = tiny_llama()
+    task = Task([5, 6], user_turn=True, suffix=[7, 8, 9])
+    [document] = generate(model, [task], slots=1, max_answer=10, max_user=6, seed=3)
+    answer = document.num_prompt
+    assert document.tokens[:2] == [5, 6] and document.tokens[answer - 3 : answer] == [7, 8, 9]
+    assert 0 < answer - 5 <= 6 or document.tokens[2:5] == [7, 8, 9]
+
+
+def test_annotated_text_matches_the_trunk() -> None:
+    model = tiny_llama()
+
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(c) % VOCAB for c in text]
+
+    model.tokenizer = Letters()
+    documents = list(annotate(model, ["the quick brown fox jumps over it"], length=20))
+    assert [len(d.tokens) for d in documents] == [20, 13]
+    hidden = model.forward_dense(torch.tensor([documents[1].tokens]))[0]
+    best = model.logits(hidden).argmax(-1)
+    assert torch.equal(best, documents[1].top_ids[:, 0].long())
+
+
+def test_training_improves_acceptance() -> None:
+    model = tiny_llama()
+    documents, held_out = Documents(self_written(model, 48)), Documents(self_written(model, 12, 1))
+    objective = objective_for(model)
+    torch.manual_seed(0)
+    block = MTPBlock(spec_for(model))
+    before = evaluate(block, objective, held_out)
+    config = TrainConfig(epochs=12, lr=5e-3, copied_lr=1.0)
+    Trainer(block, objective, documents, config).run()
+    after = evaluate(block, objective, held_out)
+    assert after.conditional[0] > before.conditional[0] + 0.3, f"{before} -> {after}"
+    assert after.tokens_per_step[2] > before.tokens_per_step[2], f"{before} -> {after}"
+
+
+def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
+    documents, objective = Documents(random_shard([20, 24, 17, 30, 22])), make_objective()
+    config = TrainConfig(epochs=4, batch_size=2, warmup=3)
+    whole = Trainer(make_block(), objective, documents, config)
+    whole.run()
+
+    first = Trainer(make_block(), objective, documents, config)
+    first.run(until=7)
+    first.save(tmp_path / "head.ckpt")
+    second = Trainer(make_block(seed=1), objective, documents, config)
+    second.load(tmp_path / "head.ckpt")
+    assert second.step == 7
+    second.run()
+    for name, p in whole.block.state_dict().items():
+        assert torch.equal(p, second.block.state_dict()[name]), name
+
+    with pytest.raises(ValueError, match="another configuration"):
+        other = Trainer(make_block(), objective, documents, TrainConfig(epochs=5))
+        other.load(tmp_path / "head.ckpt")
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class ScriptedObjective:
+    """Hits that are written down: hits[d][i], of one document."""
+
+    def __init__(self, hits: list[list[int]]):
+        self.table = torch.tensor(hits, dtype=torch.bool)[:, None]
+
+    def hits(self, block, batch, depths) -> tuple[Tensor, Tensor]:
+        return self.table[:depths], torch.ones(self.table.shape[1:], dtype=torch.bool)
+
+
+def test_evaluate_walks_as_a_decoding_loop_does() -> None:
+    objective = ScriptedObjective([[1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]])
+    result = evaluate(None, objective, Documents(random_shard([6])), 3)
+    # Depth 1 hits 4 of 6 rows; of those, depth 2 hits rows 0 and 3; of those, depth 3 none.
+    assert result.conditional == pytest.approx([4 / 6, 2 / 4, 0 / 2])
+    # k=1 from row 0: rows 0 (+2), 2 (+1), 3 (+2), 5 (+1); k=2 and 3: rows 0 (+3), 3 (+3).
+    assert result.tokens_per_step == pytest.approx([6 / 4, 6 / 2, 6 / 2])
+
+
+def test_draft_vocabulary_keeps_the_likeliest_ids() -> None:
+    shard = random_shard([40])
+    kept = draft_vocabulary(shard, VOCAB, 10)
+    mass = torch.zeros(VOCAB)
+    for ids, logits in zip(shard.top_ids, shard.top_logits):
+        mass[ids.long()] += logits.float().exp()
+    assert kept.dtype == torch.int32 and torch.equal(kept, kept.sort().values)
+    left_out = torch.ones(VOCAB, dtype=torch.bool)
+    left_out[kept.long()] = False
+    assert mass[kept.long()].min() >= mass[left_out].max() - 1e-4
+
+
+def test_repeats() -> None:
+    assert repeats([9, 9, 9] + [1, 2, 3] * 12)
+    assert not repeats(list(range(80)))
+    assert not repeats([1, 2, 3] * 4)
+    assert math.prod([repeats([0] * n) for n in (25, 40)]) == 1
