@@ -48,10 +48,11 @@ def read_head(path: str | Path | None = None) -> tuple[MTPBlock, Tensor | None, 
     return block, token_map, metadata
 
 
-def load_head(path: str | Path | None = None, *, trunk: Any) -> MTPHead:
+def load_head(path: str | Path | None = None, *, trunk: Any, int8: bool = True) -> MTPHead:
     """A head ready to draft for `trunk`: anything with `embedding` and `lm_head`, [V, H] each.
 
-    The head takes the embedding's dtype and device. A head without its own final norm also needs
+    The head takes the embedding's dtype and device; its large matrices become int8 unless told
+    otherwise (`MTPHead`). A head without its own final norm also needs
     `trunk.norm`.
     """
     block, token_map, metadata = read_head(path)
@@ -70,4 +71,5 @@ def load_head(path: str | Path | None = None, *, trunk: Any) -> MTPHead:
         trunk_norm=None if block.spec.own_norm else trunk.norm,
         token_map=token_map,
         metadata=metadata,
+        int8=int8,
     )

@@ -221,13 +221,25 @@ class MTPBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] and f32 [N]: the row's largest magnitude becomes 127."""
+    scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def _linear(x: Tensor, matrix: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, scale = matrix
+    return ops.skinny_linear(x, weight, weight_scale=scale)
+
+
 class MTPHead:
     """An `MTPBlock` for decoding, over the custom operators.
 
     embedding [V, H] and lm_head [V, H] are the trunk's. With a token_map [Vd] of distinct ids only
     those rows of the LM head are drafted from. Weights and the projections' inputs have
-    embedding's dtype; the residual stream is f32. A row's result does not depend on the other
-    rows of the call.
+    embedding's dtype; the residual stream is f32. With `int8` the LM head and the decoder layer's
+    projections are kept in int8 with a scale per row: a draft need not be exact, and reading
+    weights is what it costs. A row's result does not depend on the other rows of the call.
     """
 
     def __init__(
@@ -239,6 +251,7 @@ class MTPHead:
         trunk_norm: Tensor | None = None,
         token_map: Tensor | None = None,
         metadata: dict[str, str] | None = None,
+        int8: bool = False,
     ):
         if not block.spec.own_norm and trunk_norm is None:
             raise ValueError("a head without its own final norm needs trunk_norm")
@@ -246,22 +259,27 @@ class MTPHead:
         self.dtype, self.device = embedding.dtype, embedding.device
         self.embedding = embedding
         self.token_map = None if token_map is None else token_map.to(self.device)
-        self.lm_head = lm_head if token_map is None else lm_head[self.token_map.long()].contiguous()
         self.metadata = dict(metadata or {})
 
         def weight(w: Tensor) -> Tensor:
             return w.detach().to(self.device, self.dtype).contiguous()
+
+        def matrix(w: Tensor) -> tuple[Tensor, Tensor | None]:
+            return quantize_rows(w.detach().to(self.device)) if int8 else (weight(w), None)
+
+        drafted = lm_head if token_map is None else lm_head[self.token_map.long()]
+        self.lm_head, self.lm_head_scale = matrix(drafted)
 
         attn, mlp = block.self_attn, block.mlp
         self.enorm = weight(block.enorm.weight) if block.enorm else None
         self.hnorm = weight(block.hnorm.weight) if block.hnorm else None
         self.eh_proj = weight(block.eh_proj.weight)
         self.input_norm = weight(block.input_layernorm.weight)
-        self.qkv = weight(torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)]))
-        self.o_proj = weight(attn.o_proj.weight)
+        self.qkv = matrix(torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)]))
+        self.o_proj = matrix(attn.o_proj.weight)
         self.post_norm = weight(block.post_attention_layernorm.weight)
-        self.gate_up = weight(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-        self.down = weight(mlp.down_proj.weight)
+        self.gate_up = matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        self.down = matrix(mlp.down_proj.weight)
         self.norm = weight(block.shared_head.norm.weight if spec.own_norm else trunk_norm)
         self.rope = rope_table(spec, self.device)
 
@@ -312,7 +330,7 @@ class MTPHead:
         residual = projected.float()
         y = ops.add_rms_norm(residual, self.input_norm, eps=spec.eps, gemma_norm=spec.gemma_norm)
         q, k, v = ops.rope_qkv(
-            ops.skinny_linear(y, self.qkv), positions, self.rope, spec.num_heads, spec.num_kv_heads
+            _linear(y, self.qkv), positions, self.rope, spec.num_heads, spec.num_kv_heads
         )
         y, _ = ops.verify_attention(
             q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len
@@ -320,12 +338,12 @@ class MTPHead:
         y = ops.add_rms_norm(
             residual,
             self.post_norm,
-            x=ops.skinny_linear(y.flatten(1), self.o_proj),
+            x=_linear(y.flatten(1), self.o_proj),
             eps=spec.eps,
             gemma_norm=spec.gemma_norm,
         )
-        y = ops.silu_and_mul(ops.skinny_linear(y, self.gate_up))
-        return residual.add_(ops.skinny_linear(y, self.down))
+        y = ops.silu_and_mul(_linear(y, self.gate_up))
+        return residual.add_(_linear(y, self.down))
 
     def propose(self, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k likeliest next tokens of each row of y [M, H]: `ops.head_topk`'s results."""
@@ -334,6 +352,7 @@ class MTPHead:
             self.lm_head,
             k,
             norm_weight=self.norm,
+            weight_scale=self.lm_head_scale,
             token_map=self.token_map,
             eps=self.spec.eps,
             gemma_norm=self.spec.gemma_norm,
