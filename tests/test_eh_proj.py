@@ -137,6 +137,23 @@ def test_rows_are_independent(backend, dtype):
     assert torch.equal(part(order), full[order])
 
 
+def test_memory_traffic(backend):
+    """Every weight byte is loaded once, in whole sectors; of the embedding only rows in use."""
+    if backend.name != "ptxsim":
+        pytest.skip("only the simulator counts")
+    from ptxsim import runtime
+
+    arguments, keywords = make_case(5, 64, 100, 256, torch.bfloat16)
+    with runtime.record() as launches:
+        run(backend, arguments, keywords)
+    pack, stream = launches[:2]
+    weight = arguments[3]
+    assert stream.loaded_bytes("weight") == stream.unique_bytes("weight") == weight.nbytes
+    assert stream.sector_efficiency("weight") == 1.0
+    assert sum(launch.bank_conflicts for launch in launches) == 0
+    assert pack.unique_bytes("embedding") == 2 * 64 * 2  # the other ids are unknown or zeroed
+
+
 def test_strided_rows_and_poison(backend):
     arguments, keywords = make_case(5, 40, 11, 50, torch.bfloat16)
     expected = run(backend, arguments, keywords)

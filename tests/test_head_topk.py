@@ -188,6 +188,33 @@ def test_rows_are_independent(backend, dtype, weight_dtype):
         assert torch.equal(a, b[order])
 
 
+COUNTED = [
+    (1, torch.bfloat16, torch.bfloat16),
+    (9, torch.bfloat16, torch.int8),
+    (40, torch.float16, torch.float16),
+    (3, torch.float32, torch.float8_e4m3fn),
+    (3, torch.float32, torch.float32),
+]
+
+
+@pytest.mark.parametrize("m,dtype,weight_dtype", COUNTED)
+def test_memory_traffic(backend, m, dtype, weight_dtype):
+    """Every weight byte is loaded once, in whole sectors; shared memory has no bank conflicts."""
+    if backend.name != "ptxsim":
+        pytest.skip("only the simulator counts")
+    from ptxsim import runtime
+
+    n, k = 256, 256
+    w, scale = make_weight(n, k, weight_dtype)
+    x = normal(m, k).to(dtype)
+    with runtime.record() as launches:
+        backend.ops.head_topk(x, w, 4, weight_scale=scale)
+    stream = launches[1]
+    assert stream.loaded_bytes("weight") == stream.unique_bytes("weight") == w.nbytes
+    assert stream.sector_efficiency("weight") == 1.0
+    assert sum(launch.bank_conflicts for launch in launches) == 0
+
+
 def test_strided_rows_and_poison(backend):
     (hidden, weight), keywords = make_case(5, 40, 97, torch.bfloat16)
     expected = run(backend, [hidden, weight], 4, keywords)
