@@ -300,6 +300,10 @@ def test_read_only_buffer(kernels) -> None:
 def test_checks_can_be_switched_off(kernels) -> None:
     run(kernels, "read_after_write", 1, 128, f32(128), zeros(128), 1, checks=Checks(races=False))
     run(kernels, "cta_writes", 4, 32, zeros(4), 1, checks=Checks(global_races=False))
+    run(kernels, "warp_exchange", 1, 128, f32(128), zeros(128), 1, checks=Checks(warp_races=False))
+    with pytest.raises(errors.SharedRace):
+        args = (f32(128), zeros(128), 1)
+        run(kernels, "read_after_write", 1, 128, *args, checks=Checks(warp_races=False))
     off = Checks(uninitialized=False)  # the kernel masks these rows later
     run(kernels, "uninitialized", 1, 64, zeros(64), 1, checks=off)
 

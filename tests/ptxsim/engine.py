@@ -45,7 +45,8 @@ A100 = Device("A100", 80, 108, 48 * 1024, 163 * 1024, 164 * 1024)
 class Checks:
     """Which checks a launch runs; all are on by default."""
 
-    races: bool = True  # shared-memory races, intra-warp ones included
+    races: bool = True  # shared-memory races between threads
+    warp_races: bool = True  # those between lanes of one warp too
     global_races: bool = True
     uninitialized: bool = True  # reads of shared memory that nothing wrote
     counters: bool = True

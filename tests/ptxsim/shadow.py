@@ -9,10 +9,14 @@ That some schedule happens to run warps in lockstep therefore excuses nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import GlobalRace, SharedRace, UninitializedShared
+
+if TYPE_CHECKING:
+    from .engine import Checks
 
 _THREAD_BITS = 10
 _LAST = (1 << 21) - 1  # the time of a cp.async that nothing has waited for
@@ -23,16 +27,17 @@ Excuse = Callable[[np.ndarray], np.ndarray]
 class SharedShadow:
     """Shared memory of all CTAs of a wave: writes, reads and atomics per granule of bytes."""
 
-    def __init__(self, ctas: int, warps: int, stride: int, races: bool, uninitialized: bool):
+    def __init__(self, ctas: int, warps: int, stride: int, checks: Checks) -> None:
         self.ctas, self.warps, self.stride = ctas, warps, stride
-        self.races, self.uninitialized = races, uninitialized
+        self.races, self.uninitialized = checks.races, checks.uninitialized
+        self.warp_races = checks.warp_races
         self.granule = 16
         self.now = 1
         self.touched = False
         n = ctas * stride // self.granule
         self.writer = np.zeros(n, np.int32)  # time << 10 | thread; zero: never written
         self.atomic: np.ndarray | None = None
-        self.reader = np.zeros((warps, n), np.int32) if races else None  # last read per warp
+        self.reader = np.zeros((warps, n), np.int32) if self.races else None  # last read per warp
         self.last_write = self.last_read = 0
         # The diagonal is what a warp's own lanes know of each other: raised by __syncwarp.
         self.known = np.zeros((ctas, warps, warps), np.int32)
@@ -126,10 +131,9 @@ class SharedShadow:
     def _ordered(self, stamp: np.ndarray, thread: np.ndarray, cta: np.ndarray) -> np.ndarray:
         other = stamp & ((1 << _THREAD_BITS) - 1)
         time = stamp >> _THREAD_BITS
-        known = self.known[cta, thread >> 5, other >> 5]
-        return (
-            ((other == thread) & (time < _LAST)) | (known >= time) & (time < _LAST) | (stamp == 0)
-        )
+        known = self.known[cta, thread >> 5, other >> 5] >= time
+        same = other == thread if self.warp_races else other >> 5 == thread >> 5
+        return (same | known) & (time < _LAST) | (stamp == 0)
 
     def _check(
         self, plane: np.ndarray, rows: np.ndarray, k: int, where: tuple, what: str, now: str,

@@ -121,9 +121,7 @@ class Wave:
         self.local = np.zeros(self.slots * self.local_stride if program.local_size else 16, U1)
         self.shadow = None
         if checks.races or checks.uninitialized:
-            self.shadow = SharedShadow(
-                ctas, self.warps_per_cta, self.stride, checks.races, checks.uninitialized
-            )
+            self.shadow = SharedShadow(ctas, self.warps_per_cta, self.stride, checks)
         self.globals = globals_
         self.ticks = 0
         self.rng: np.random.Generator | None = None
