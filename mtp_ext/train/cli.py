@@ -21,6 +21,7 @@ from mtp_ext.train.generate import (
     chat_tasks,
     generate,
     prompt_tasks,
+    repeats,
     to_shard,
 )
 from mtp_ext.train.prompts import held_out_prompts
@@ -59,6 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--eval-documents", type=int, default=None, help="held-out documents used on the way")
     add("--slots", type=int, default=64, help="texts that are generated at once")
     add("--max-answer", type=int, default=224, help="longest training answer, tokens")
+    add("--held-out-answer", type=int, default=256, help="longest held-out answer, tokens")
     return parser.parse_args(argv)
 
 
@@ -93,8 +95,9 @@ def main(argv: list[str]) -> int:
         print(f"closed-form start: {evaluate(block, objective, held_out)}")
     train(trainer, checkpoint, Documents(first(held_out.shard, args.eval_documents)), args)
 
-    acceptance = evaluate(block, objective, held_out)
-    no_loops = evaluate(block, objective, Documents(without_loops(held_out.shard)))
+    loops = looping(held_out.shard)
+    no_loops = evaluate(block, objective, Documents(select(held_out.shard, ~loops)))
+    acceptance = no_loops + evaluate(block, objective, Documents(select(held_out.shard, loops)))
     print(f"held out: {acceptance}\nwithout texts that loop: {no_loops}")
     save_head(
         args.out,
@@ -153,7 +156,13 @@ def prepare_held_out(model: Llama, spec: MTPSpec, args: argparse.Namespace) -> D
     if not path.exists():
         prompts = held_out_prompts()
         tasks = prompt_tasks(model, prompts)
-        texts = generate(model, tasks, h_source=spec.h_source, slots=len(prompts), max_answer=256)
+        texts = generate(
+            model,
+            tasks,
+            h_source=spec.h_source,
+            slots=len(prompts),
+            max_answer=args.held_out_answer,
+        )
         write_shard(path, progress(texts, len(prompts), "held-out answers"))
     return Documents(Shard.load(path))
 
@@ -238,12 +247,10 @@ def first(shard: Shard, count: int | None) -> Shard:
     return select(shard, torch.arange(len(shard.lens)) < (count or len(shard.lens)))
 
 
-def without_loops(shard: Shard) -> Shard:
-    """The documents that do not end by repeating themselves."""
-    from mtp_ext.train.generate import repeats
-
+def looping(shard: Shard) -> torch.Tensor:
+    """bool [documents]: those that end by repeating themselves."""
     tokens = shard.tokens.split(shard.lens.tolist())
-    return select(shard, torch.tensor([not repeats(t.tolist()) for t in tokens]))
+    return torch.tensor([repeats(t.tolist()) for t in tokens])
 
 
 def select(shard: Shard, keep: torch.Tensor) -> Shard:

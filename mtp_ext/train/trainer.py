@@ -112,11 +112,29 @@ class Objective:
 
 @dataclass
 class Acceptance:
-    """conditional[d]: draft d + 1 accepted, given that the shallower ones were. rate = mean."""
+    """Counts per depth d = 1..depths, and per draft length k = 1..depths."""
 
-    conditional: list[float]
-    tokens_per_step: list[float]  # for k = 1..depths drafts
+    reached: list[int]  # rows whose drafts before d were accepted
+    accepted: list[int]  # of those, draft d too
+    tokens: list[int]  # emitted when decoding with k drafts
+    steps: list[int]  # verification steps that took
     rows: int
+
+    @property
+    def conditional(self) -> list[float]:
+        """Acceptance of draft d, given that the ones before it were accepted."""
+        return [a / max(r, 1) for a, r in zip(self.accepted, self.reached)]
+
+    @property
+    def tokens_per_step(self) -> list[float]:
+        return [t / max(s, 1) for t, s in zip(self.tokens, self.steps)]
+
+    def __add__(self, other: "Acceptance") -> "Acceptance":
+        def summed(name: str) -> list[int]:
+            return [a + b for a, b in zip(getattr(self, name), getattr(other, name))]
+
+        names = ("reached", "accepted", "tokens", "steps")
+        return Acceptance(*map(summed, names), self.rows + other.rows)
 
     def __str__(self) -> str:
         accepted = " ".join(f"{a:.3f}" for a in self.conditional)
@@ -128,32 +146,23 @@ def evaluate(
     block: MTPBlock, objective: Objective, documents: Documents, depths: int = 3
 ) -> Acceptance:
     """Acceptance on greedy documents, exactly as a greedy decoding loop would meet it."""
-    reached = [0] * depths
-    accepted = [0] * depths
-    steps = [0] * depths
-    tokens = [0] * depths
-    rows = 0
+    total = Acceptance([0] * depths, [0] * depths, [0] * depths, [0] * depths, 0)
     for start in range(0, len(documents), 8):
         indices = list(range(start, min(start + 8, len(documents))))
         hits, valid = objective.hits(block, documents.batch(indices), depths)
         run = torch.cat([torch.ones_like(hits[:1]), hits]).long().cumprod(0)
-        rows += int(valid.sum())
+        total.rows += int(valid.sum())
         for d in range(depths):
-            reached[d] += int((run[d].bool() & valid).sum())
-            accepted[d] += int((run[d + 1].bool() & valid).sum())
-        for k in range(1, depths + 1):
-            emitted = run[: k + 1].sum(0)  # accepted drafts + 1
+            total.reached[d] += int((run[d].bool() & valid).sum())
+            total.accepted[d] += int((run[d + 1].bool() & valid).sum())
+            emitted = run[: d + 2].sum(0)  # accepted drafts + 1
             for row, ok in zip(emitted.tolist(), valid.tolist()):
                 i = ok.index(True) if True in ok else len(ok)
                 while i < len(ok) and ok[i]:
-                    steps[k - 1] += 1
-                    tokens[k - 1] += row[i]
+                    total.steps[d] += 1
+                    total.tokens[d] += row[i]
                     i += row[i]
-    return Acceptance(
-        [a / max(r, 1) for a, r in zip(accepted, reached)],
-        [t / max(s, 1) for t, s in zip(tokens, steps)],
-        rows,
-    )
+    return total
 
 
 class Ridge:
