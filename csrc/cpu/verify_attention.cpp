@@ -99,32 +99,42 @@ void widen8(const T* in, float* out) {
 #endif
 }
 
-// Eight keys by eight dims, from rows to out[d * kLanes + key].
+// Eight keys, from rows to out[d * kLanes + key]. Its own function, for the registers' sake.
 template <typename T>
-void transpose8(const T* const* rows, int64_t d, float* out) {
+[[gnu::noinline]] void transpose_rows(const T* const* rows, int64_t dim, float* out) {
 #if MTP_ISA_LEVEL >= 1
-  __m256 r[8];
-  for (int i = 0; i < 8; ++i) r[i] = widen(rows[i] + d);
-  __m256 pair[8], quad[8];
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * kLanes, _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * kLanes, _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31));
+  const T *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
+  const T *r4 = rows[4], *r5 = rows[5], *r6 = rows[6], *r7 = rows[7];
+  for (int64_t d = 0; d < dim; d += 8, out += 8 * kLanes) {
+    // Pairs of keys four apart share a register: the last exchange of halves is a store.
+    const auto half = [&](const T* a, const T* b, const T* c, const T* e, float* to) {
+      const __m256 x0 = widen(a + d), x1 = widen(b + d), x2 = widen(c + d), x3 = widen(e + d);
+      const __m256 p0 = _mm256_unpacklo_ps(x0, x1), p1 = _mm256_unpackhi_ps(x0, x1);
+      const __m256 p2 = _mm256_unpacklo_ps(x2, x3), p3 = _mm256_unpackhi_ps(x2, x3);
+      const __m256 q0 = _mm256_shuffle_ps(p0, p2, 0x44), q1 = _mm256_shuffle_ps(p0, p2, 0xee);
+      const __m256 q2 = _mm256_shuffle_ps(p1, p3, 0x44), q3 = _mm256_shuffle_ps(p1, p3, 0xee);
+      _mm_storeu_ps(to, _mm256_castps256_ps128(q0));
+      _mm_storeu_ps(to + kLanes, _mm256_castps256_ps128(q1));
+      _mm_storeu_ps(to + 2 * kLanes, _mm256_castps256_ps128(q2));
+      _mm_storeu_ps(to + 3 * kLanes, _mm256_castps256_ps128(q3));
+      _mm_storeu_ps(to + 4 * kLanes, _mm256_extractf128_ps(q0, 1));
+      _mm_storeu_ps(to + 5 * kLanes, _mm256_extractf128_ps(q1, 1));
+      _mm_storeu_ps(to + 6 * kLanes, _mm256_extractf128_ps(q2, 1));
+      _mm_storeu_ps(to + 7 * kLanes, _mm256_extractf128_ps(q3, 1));
+    };
+    half(r0, r1, r2, r3, out);
+    half(r4, r5, r6, r7, out + 4);
   }
 #else
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) out[j * kLanes + i] = to_float(rows[i][d + j]);
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int i = 0; i < 8; ++i) out[d * kLanes + i] = to_float(rows[i][d]);
   }
 #endif
+}
+
+template <typename T>
+[[gnu::noinline]] void widen_row(const T* in, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += 8) widen8(in + d, out + d);
 }
 
 // scores[r][key] = q[r] . key, over ascending d.
@@ -155,10 +165,23 @@ void score_rows(const float* q, const float* keys, int64_t dim, float* scores) {
   }
 }
 
-// out[r] = out[r] * keep[r] + sum over ascending keys of p[r][key] * value[key].
-template <int R, int W>
-void value_block(const float* p, const float* keep, const float* values, int64_t stride,
+// The widened values of a tile, and the rows they come from: two sources for value_block.
+struct WideValues {
+  const float* values;
+  int64_t stride;
+  F32x16 operator()(int key, int64_t d) const { return load(values + key * stride + d); }
+};
+template <typename T>
+struct ValueRows {
+  const T* const* rows;
+  F32x16 operator()(int key, int64_t d) const { return load(rows[key] + d); }
+};
+
+// out[r] = out[r] * keep[r] + sum over ascending keys of p[r][key] * value[key], from dim d.
+template <int R, int W, typename Values>
+void value_block(const float* p, const float* keep, const Values& values, int64_t d, int64_t stride,
                  float* out) {
+  out += d;
   F32x16 sum[R][W];
   for (int r = 0; r < R; ++r) {
     for (int w = 0; w < W; ++w) {
@@ -167,7 +190,7 @@ void value_block(const float* p, const float* keep, const float* values, int64_t
   }
   for (int key = 0; key < kTile; ++key) {
     F32x16 value[W];
-    for (int w = 0; w < W; ++w) value[w] = load(values + key * stride + w * kLanes);
+    for (int w = 0; w < W; ++w) value[w] = values(key, d + w * kLanes);
     for (int r = 0; r < R; ++r) {
       const F32x16 x = broadcast(p[r * kTile + key]);
       for (int w = 0; w < W; ++w) sum[r][w] = fmadd(x, value[w], sum[r][w]);
@@ -178,15 +201,15 @@ void value_block(const float* p, const float* keep, const float* values, int64_t
   }
 }
 
-template <int R>
-void value_rows(const float* p, const float* keep, const float* values, int64_t stride,
+template <int R, typename Values>
+void value_rows(const float* p, const float* keep, const Values& values, int64_t stride,
                 float* out) {
   constexpr int W = wide(R);
   int64_t d = 0;
   for (; d + W * kLanes <= stride; d += W * kLanes) {
-    value_block<R, W>(p, keep, values + d, stride, out + d);
+    value_block<R, W>(p, keep, values, d, stride, out);
   }
-  for (; d < stride; d += kLanes) value_block<R, 1>(p, keep, values + d, stride, out + d);
+  for (; d < stride; d += kLanes) value_block<R, 1>(p, keep, values, d, stride, out);
 }
 
 // Calls body(first row, constant row count) on near-equal blocks of at most kBlockRows.
@@ -218,9 +241,24 @@ void for_row_blocks(int rows, const Body& body) {
   }
 }
 
-float exp_of(float x) {  // e^x with e^-inf = 0, as the vectors compute it
+// As exp, for x <= 0 or NaN, which is all that a softmax asks for.
+[[gnu::always_inline]] inline F32x16 exp_nonpositive(F32x16 x) {
+  const F32x16 n = round_to_int(max(x * broadcast(1.44269504088896341f), broadcast(-126.0f)));
+  F32x16 r = fmadd(n, broadcast(-0.693359375f), x);
+  r = fmadd(n, broadcast(2.12194440e-4f), r);
+  F32x16 y = broadcast(1.9875691500e-4f);
+  y = fmadd(y, r, broadcast(1.3981999507e-3f));
+  y = fmadd(y, r, broadcast(8.3334519073e-3f));
+  y = fmadd(y, r, broadcast(4.1665795894e-2f));
+  y = fmadd(y, r, broadcast(1.6666665459e-1f));
+  y = fmadd(y, r, broadcast(5.0000001201e-1f));
+  y = fmadd(y, r * r, r + broadcast(1.0f)) * pow2i(n);
+  return select(x < broadcast(-87.3f), zero(), y);
+}
+
+float exp_of(float x) {  // for x <= 0
   float lane[kLanes];
-  store(lane, exp(broadcast(x)));
+  store(lane, exp_nonpositive(broadcast(x)));
   return lane[0];
 }
 
@@ -279,7 +317,7 @@ class Item {
     const Q* q = static_cast<const Q*>(p_.q);
     for (int r = 0; r < rows_; ++r) {
       const Q* row = q + token(r) * p_.q_token_stride + q_head(r) * p_.q_head_stride;
-      for (int64_t d = 0; d < dim_; d += 8) widen8(row + d, s_.q + r * dim_ + d);
+      widen_row(row, dim_, s_.q + r * dim_);
     }
     std::fill_n(s_.hidden, dim_, C{});
   }
@@ -396,36 +434,38 @@ class Item {
   uint32_t find_rows(int64_t start, int64_t turn) {
     const int64_t page_size = a_.table.page_size;
     const int64_t end = std::min<int64_t>(kTile, end_ - start);
-    int64_t entry = start / page_size, slot = start % page_size;
-    int64_t page = a_.table.page(b_, entry);
+    const C **keys = key_rows_[turn], **values = value_rows_[turn];
     uint32_t valid = 0;
-    for (int j = 0; j < kTile; ++j) {
-      const C *key = s_.hidden, *value = s_.hidden;
-      if (j < end && page >= 0) {
-        valid |= 1u << j;
-        if (start + j < length_) {
-          key = static_cast<const C*>(a_.k_cache.data) + a_.k_cache.offset(page, slot, head_);
-          value = static_cast<const C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_);
-        } else {
+    int64_t entry = start / page_size, slot = start % page_size;
+    for (int64_t j = 0; j < end; ++entry, slot = 0) {  // page by page
+      const int64_t stop = std::min(end, j + page_size - slot);
+      const int64_t page = a_.table.page(b_, entry);
+      if (page < 0) {
+        for (; j < stop; ++j) keys[j] = values[j] = s_.hidden;
+        continue;
+      }
+      valid |= bit_range(j, stop);
+      const C* key = static_cast<const C*>(a_.k_cache.data) + a_.k_cache.offset(page, slot, head_);
+      const C* value =
+          static_cast<const C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_);
+      for (const int64_t cached = std::min(stop, length_ - start); j < cached; ++j) {
+        keys[j] = key;
+        values[j] = value;
+        key += a_.k_cache.slot_stride;
+        value += a_.v_cache.slot_stride;
+      }
+      for (; j < stop; ++j) {
+        if constexpr (std::is_same_v<Q, C>) {
           const int64_t i = start + j - length_;
-          const Q* new_key = new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i);
-          const Q* new_value = new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i);
-          if constexpr (std::is_same_v<Q, C>) {
-            key = new_key;
-            value = new_value;
-          } else {
-            key = s_.new_key + j * dim_;
-            value = s_.new_value + j * dim_;
-          }
+          keys[j] = new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i);
+          values[j] = new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i);
+        } else {
+          keys[j] = s_.new_key + j * dim_;
+          values[j] = s_.new_value + j * dim_;
         }
       }
-      key_rows_[turn][j] = key;
-      value_rows_[turn][j] = value;
-      if (++slot == page_size) {
-        slot = 0;
-        if (j + 1 < end) page = a_.table.page(b_, ++entry);
-      }
     }
+    for (int64_t j = std::max<int64_t>(end, 0); j < kTile; ++j) keys[j] = values[j] = s_.hidden;
     return valid;
   }
 
@@ -494,7 +534,7 @@ class Item {
         for (int i = j; i < j + 8; ++i) prefetch(key_rows_[turn ^ 1][i], row_bytes);
       }
       float* panel = s_.keys + j / kLanes * dim_ * kLanes + j % kLanes;
-      for (int64_t d = 0; d < dim_; d += 8) transpose8(keys + j, d, panel + d * kLanes);
+      transpose_rows(keys + j, dim_, panel);
     }
     for_row_blocks(rows_, [&](int r, auto count) {
       score_rows<count>(s_.q + r * dim_, s_.keys, dim_, s_.p + r * kTile);
@@ -502,18 +542,24 @@ class Item {
 
     update_softmax(whole);
 
+    if (more) {
+      for (int j = 0; j < kTile; ++j) prefetch(value_rows_[turn ^ 1][j], row_bytes);
+    }
+    const auto add_values = [&](const auto& source) {
+      for_row_blocks(rows_, [&](int r, auto count) {
+        value_rows<count>(s_.p + r * kTile, s_.keep + r, source, stride_, s_.out + r * stride_);
+      });
+    };
+    // One block of rows reads each value once, so widening in passing is cheaper.
+    if (whole && rows_ <= kBlockRows && stride_ == dim_) {
+      return add_values(ValueRows<C>{values});
+    }
     for (int j = 0; j < kTile; ++j) {
-      if (more) prefetch(value_rows_[turn ^ 1][j], row_bytes);
-      for (int64_t d = 0; d < dim_; d += 8) widen8(values[j] + d, s_.values + j * stride_ + d);
+      widen_row(values[j], dim_, s_.values + j * stride_);
       if (stride_ != dim_) std::fill_n(s_.values + j * stride_ + dim_, stride_ - dim_, 0.0f);
     }
-    if (!whole && !all_finite(s_.values, kTile * stride_)) {
-      add_seen_values();
-      return;
-    }
-    for_row_blocks(rows_, [&](int r, auto count) {
-      value_rows<count>(s_.p + r * kTile, s_.keep + r, s_.values, stride_, s_.out + r * stride_);
-    });
+    if (!whole && !all_finite(s_.values, kTile * stride_)) return add_seen_values();
+    add_values(WideValues{s_.values, stride_});
   }
 
   static void prefetch([[maybe_unused]] const void* row, [[maybe_unused]] int64_t bytes) {
@@ -551,14 +597,14 @@ class Item {
         base[i] = used && top[r + i] != -kInfinity ? top[r + i] : 0.0f;
         old[i] = used ? s_.max[r + i] : 0.0f;
       }
-      store(s_.keep + r, exp(load(old) - load(base)));
+      store(s_.keep + r, exp_nonpositive(load(old) - load(base)));
     }
     for (int r = 0; r < rows_; ++r) {
       float* row = s_.p + r * kTile;
       const F32x16 base = broadcast(top[r] == -kInfinity ? 0.0f : top[r]);
       F32x16 sum = load(s_.sum + r * kLanes) * broadcast(s_.keep[r]);
       for (int w = 0; w < kPanels; ++w) {
-        const F32x16 x = exp(load(row + w * kLanes) - base);
+        const F32x16 x = exp_nonpositive(load(row + w * kLanes) - base);
         store(row + w * kLanes, x);
         sum = sum + x;
       }

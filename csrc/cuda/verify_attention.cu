@@ -5,7 +5,7 @@
 // (request, KV head, row tile, split of 1024 keys): long contexts fill the GPU at batch 1.
 //
 // Keys and values come in tiles of 64 positions (32 for D > 128) through a ring of 3-4 stages of
-// 16-byte cp.async, so two resident CTAs keep 64 KB or more in flight per SM; the page-table
+// 16-byte cp.async, so the resident CTAs keep 64 KiB or more in flight per SM; the page-table
 // entry of a tile is fetched one tile before its rows are asked for. Shared memory is swizzled: no
 // bank conflicts in copies, ldmatrix or conversion. All four warps copy; a warp computes 16 packed
 // rows over *all* keys of a tile, with S, P and O in registers, and touches no other warp's rows.
@@ -230,10 +230,12 @@ struct Shared {
     valid = reinterpret_cast<uint32_t*>(rows + Tr::kRing * 2 * Tr::kTile);
   }
   __device__ __forceinline__ char* stage(int64_t tile, int which) const {
-    return stages + (static_cast<int>(static_cast<uint32_t>(tile) % Tr::kStages) * 2 + which) * Tr::kStageBytes;
+    return stages + (static_cast<int>(static_cast<uint32_t>(tile) % Tr::kStages) * 2 + which) *
+                        Tr::kStageBytes;
   }
   __device__ __forceinline__ const char** row(int64_t tile, int which) const {
-    return rows + (static_cast<int>(static_cast<uint32_t>(tile) % Tr::kRing) * 2 + which) * Tr::kTile;
+    return rows +
+           (static_cast<int>(static_cast<uint32_t>(tile) % Tr::kRing) * 2 + which) * Tr::kTile;
   }
   __device__ __forceinline__ uint32_t* valid_bits(int64_t tile) const {
     return valid + static_cast<int>(static_cast<uint32_t>(tile) % Tr::kRing) * 2;

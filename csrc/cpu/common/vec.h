@@ -446,21 +446,39 @@ inline void store_partial(T* p, F32x16 a, int64_t n) {
 
 // Halves are folded onto each other: (i) + (i + 8), then + 4, + 2, + 1.
 inline float reduce_add(F32x16 a) {
+#if MTP_ISA_LEVEL >= 1
+  __m256 lo, hi;
+  split8(a, &lo, &hi);
+  const __m256 eight = _mm256_add_ps(lo, hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lane[kLanes];
   store(lane, a);
   for (int width = 8; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
+#endif
 }
 
 inline float reduce_max(F32x16 a) {
+#if MTP_ISA_LEVEL >= 1
+  __m256 lo, hi;
+  split8(a, &lo, &hi);
+  const __m256 eight = _mm256_max_ps(lo, hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
   float lane[kLanes];
   store(lane, a);
   for (int width = 8; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
   }
   return lane[0];
+#endif
 }
 
 // e^x to 1 ulp or so for x in [-87, 88]; 0 below, +inf above, NaN stays NaN.
