@@ -257,6 +257,15 @@ def test_status_2_draft_prob(backend, method, q, value):
     assert status.tolist() == [2, 0] and accepted[0] == 0 and 0 <= tokens[0, 0] < 50
 
 
+@pytest.mark.parametrize("q", ["dense", "sparse"])
+def test_block_ends_before_a_faulty_draft(backend, q):
+    """Drafts before it are verified as a block of their own, residuals included."""
+    for seed in range(3):
+        args, kwargs = make_call(seed, [4, 4, 4], 30, q=q, method="block", closeness=0.6)
+        kwargs["draft_probs"][2::4, 0] = math.nan
+        assert (check(backend, args, kwargs)[2] == 2).all()
+
+
 def test_status_2_elsewhere_in_the_row(backend):
     """Token mode sees it only when the residual is used; block mode always."""
     args, kwargs = fault_call()
@@ -676,6 +685,19 @@ def test_row_offsets_beyond_32_bits(backend):
     assert_same([t.cpu() for t in got], reference(*args, **kwargs))
 
 
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("method,q,filters", [("token", "dense", "kp"), ("block", "sparse", "p")])
+def test_architectures_and_schedules(backend, device, method, q, filters):
+    """sm_90a and sm_80 code under random orders of warps."""
+    if backend.name != "ptxsim":
+        pytest.skip("the simulator's own choices")
+    from ptxsim import runtime
+
+    args, kwargs = make_call(3, [2], 150, q=q, filters=filters, method=method)
+    with runtime.record(device=device, seed=7):
+        check(backend, args, kwargs)
+
+
 # ---- what the kernels read -----------------------------------------------------------------------
 
 
@@ -698,7 +720,7 @@ def test_traffic(backend, filters, limit):
     floor = (batch * 4 + batch) * vocab * 2
     loaded = sum(launch.loaded_bytes("target_logits") for launch in launches)
     assert loaded <= limit * floor
-    everything = sum(b.load_sectors * 32 for launch in launches for b in launch.buffers.values())
+    everything = sum(b.loaded_bytes for launch in launches for b in launch.buffers.values())
     assert everything <= limit * floor
     stored = sum(b.stored_bytes for launch in launches for b in launch.buffers.values())
     assert stored < 0.05 * floor
@@ -801,3 +823,24 @@ def test_fuzz(data):
     assert_same(got, reference(*args, **kwargs))
     last = got[0].gather(1, got[1][:, None].long())
     assert bool(((last >= 0) & (last < vocab)).all())
+
+
+def test_random_faults(backend):
+    """What the fuzz test does on the CPU, in a few large calls for every backend."""
+    g = torch.Generator().manual_seed(5)
+    special = torch.tensor([math.nan, math.inf, -math.inf, -1.0, 0.0, -0.0, 3e38, 1e-40])
+    calls = 6 if backend.name == "ptxsim" else 30
+    for seed in range(calls):
+        lens = torch.randint(0, 5, (6,), generator=g).tolist()
+        args, kwargs = make_call(
+            seed, lens, [17, 100, 1025][seed % 3], q=["one-hot", "dense", "sparse"][seed % 3],
+            filters=["", "kp", "m", "p", "k"][seed % 5], method=["token", "block"][seed // 2 % 2],
+            bitmask=seed % 4 == 0, greedy=0.2,
+        )  # fmt: skip
+        faulty = [args[0], kwargs["temperature"]]
+        faulty += [kwargs[k] for k in ("draft_probs", "top_p", "min_p") if k in kwargs]
+        for t in faulty:
+            at = torch.randint(0, t.numel(), (4,), generator=g)
+            t.view(-1)[at] = special[torch.randint(0, len(special), (4,), generator=g)]
+        args[1][torch.randint(0, len(args[1]), (1,), generator=g)] = [-1, 5000][seed % 2]
+        check(backend, args, kwargs)

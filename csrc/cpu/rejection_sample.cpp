@@ -291,8 +291,7 @@ struct Request {
       }
     });
 
-    Distribution d;
-    d.inv_temperature = settings.inv_temperature;
+    Distribution d = Distribution::whole(settings.inv_temperature);
     d.max = *std::max_element(maxima, maxima + shape.chunks);
     for (int64_t c = 0; c < shape.chunks; ++c) d.faulty |= s.chunk_sum[c] < 0;
     d.faulty |= d.max == -kInf;

@@ -1,21 +1,20 @@
 // rejection_sample: raw target logits to tokens in three launches.
 //
-// What must move is every target row once (64 requests x 4 rows x 128k bf16 = 66 MB, 20 us on an
-// H100) and the final row of each request a second time, most likely from L2. Nothing as wide as
-// the vocabulary is written.
+// What must move is every target row once (64 requests x 4 rows x 128k bf16 = 66 MB, 20 us at
+// 3.3 TB/s) and the final row of each request a second time, most likely from L2. Nothing as wide
+// as the vocabulary is written.
 //
 //   row_stats   A warp reads 1024 logits into registers, takes their maximum, then the sum of their
 //               weights relative to it, and writes 12 bytes. Few requests spread a row over many
 //               CTAs; many leave each CTA a whole row.
 //   row_filter  One CTA per row merges its chunks. If a filter is on, it reads only chunks whose
-//               maximum passes a bound, keeps the candidates' keys (descending logit, ascending id)
-//               in shared memory and descends them by radix to the last key kept, by count for
+//               maximum passes a bound, keeps the candidates' keys (descending logit, ascending
+//               id) in shared memory and descends them by radix to the last key kept, by count for
 //               top_k and by mass for top_p. Candidates that do not fit are read again, until a
 //               digit of the descent has thinned them out. Blocks with a dense q take their
 //               residual masses here, in the last CTA of the request.
-//   finish      Every CTA of a request decides the acceptance for itself from the rows' few
-//   numbers,
-//               then races its slice of the final row; the last one to arrive writes the result.
+//   finish      Every CTA of a request decides the acceptance for itself from a few numbers per
+//               row, then races its slice of the final row; the last to arrive writes the result.
 //
 // Weights are summed as integers and the race is a maximum: no order matters, so the split over
 // CTAs does not either, and the CPU computes the same bits. 128 threads in row_stats and finish,
@@ -97,6 +96,20 @@ int64_t lay_out(const RejectionSampleParams& p, Workspace* w) {
   return bytes;
 }
 
+// What a whole CTA needs of its request: one thread reads it for all.
+struct Header {
+  Span span;
+  Settings settings;
+
+  __device__ __forceinline__ void load(const RejectionSampleParams& p, int64_t b) {
+    if (threadIdx.x == 0) {
+      span = span_of(p, b);
+      settings = settings_of(p, b);
+    }
+    __syncthreads();
+  }
+};
+
 // Chunks of one CTA when `items` rows share the device.
 int64_t chunks_per_cta(int64_t items, int64_t chunks) {
   const int64_t even = ceil_div(items * chunks, kTargetCtas * kStreamWarps);
@@ -114,9 +127,11 @@ __global__ void __launch_bounds__(kStreamThreads)
   const int64_t b = slot / ws.rows;
   const int r = static_cast<int>(slot % ws.rows);
   if (split == 0 && r == 0 && threadIdx.x == 0) ws.tally[b] = Tally{};
-  const Span span = span_of(p, b);
+  __shared__ Header header;
+  header.load(p, b);
+  const Span span = header.span;
   if (r > span.n) return;
-  const Settings settings = settings_of(p, b);
+  const Settings settings = header.settings;
   const TargetRow<T> row(p, span, r);
 
   const int64_t stop = split * per_cta + per_cta;
@@ -167,6 +182,7 @@ __global__ void __launch_bounds__(kStreamThreads)
 // ---- a row's distribution ----------------------------------------------------------------------
 
 struct FilterShared {
+  Header header;
   Word64 bins[kBins];
   Word64 list[kListSize];
   Word64 words[kFilterWarps];
@@ -347,16 +363,15 @@ __device__ __forceinline__ void apply_filters(const TargetRow<T>& row, const Set
   if (last) d->cut_id = candidates.order.id(last);
 }
 
-// Bad entries, and for a positive `scale` the mass of max(scale * p - q, 0), of a dense q. Only
-// this thread's share.
+// This thread's share of the mass of max(scale * p - q, 0), q dense.
 template <typename T>
 __device__ __forceinline__ int64_t dense_residual(const TargetRow<T>& row, const Distribution& d,
                                                   const float* q, float a, int64_t chunks) {
   int64_t sum = 0;
   for (int64_t c = threadIdx.x / kWarp; c < chunks; c += kFilterWarps) {
-    Chunk<T>(row, c).each([&](float x, int64_t id) {
+    Chunk<T>(row, c).each_beside(q, [&](float x, float draft, int64_t id) {
       const float w = x > kMinusInf ? d.weight_of(x, id) : 0.0f;
-      if (w > 0.0f) sum += to_fixed(residual_weight(w, a, -q[id]));
+      if (w > 0.0f) sum += to_fixed(residual_weight(w, a, -draft));
     });
   }
   return sum;
@@ -368,15 +383,15 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
   __shared__ FilterShared s;
   const int64_t slot = blockIdx.x, b = slot / ws.rows;
   const int r = static_cast<int>(slot % ws.rows);
-  const Span span = span_of(p, b);
+  s.header.load(p, b);
+  const Span span = s.header.span;
   if (r > span.n) return;
-  const Settings settings = settings_of(p, b);
+  const Settings settings = s.header.settings;
   const TargetRow<T> row(p, span, r);
   const float* chunk_max = ws.chunk_max + slot * ws.chunks;
   const int64_t* chunk_sum = ws.chunk_sum + slot * ws.chunks;
 
-  Distribution d;
-  d.inv_temperature = settings.inv_temperature;
+  Distribution d = Distribution::whole(settings.inv_temperature);
   float top = kMinusInf;
   int bad = 0;
   for (int64_t c = threadIdx.x; c < ws.chunks; c += kFilterThreads) {
@@ -479,7 +494,11 @@ struct Decision {
 };
 
 struct FinishShared {
+  Header header;
   Decision decision;
+  Distribution d;
+  DraftRow q;
+  philox::Key key;
   int ints[kStreamWarps];
   Word64 words[kStreamWarps];
   unsigned last;
@@ -680,8 +699,9 @@ __global__ void __launch_bounds__(kStreamThreads, 4)
   __shared__ FinishShared s;
   const int64_t splits = ceil_div(ws.chunks, per_cta);
   const int64_t split = blockIdx.x % splits, b = blockIdx.x / splits;
-  const Span span = span_of(p, b);
-  const Settings settings = settings_of(p, b);
+  s.header.load(p, b);
+  const Span span = s.header.span;
+  const Settings settings = s.header.settings;
   if (!p.block || settings.greedy) {
     decide_tokens<T>(p, ws, b, span, settings, s);
   } else if (threadIdx.x < kWarp) {
@@ -690,16 +710,21 @@ __global__ void __launch_bounds__(kStreamThreads, 4)
   __syncthreads();
   const Decision decision = s.decision;
   const int r = decision.accepted;
-  const Distribution d = ws.rows_of[ws.slot(b, r)];
-  const DraftRow q = decision.residual ? draft_row(p, span, r) : DraftRow{};
+  if (threadIdx.x == 0) {
+    s.d = ws.rows_of[ws.slot(b, r)];
+    s.q = decision.residual ? draft_row(p, span, r) : DraftRow{};
+    s.key = philox::make_key(p.seeds[b], p.positions[b], philox::kFinal, r);
+  }
+  __syncthreads();
+  const Distribution d = s.d;
+  const DraftRow q = s.q;
   const bool listed = decision.residual && !q.dense;
 
   // A listed q of a row that is one-hot has no race to run, but still a status to give.
-  int status = decision.status;
+  int bad = 0;
   if (listed) {
     for (int i = threadIdx.x; i < 128; i += kStreamThreads) s.filter[i] = 0;
     __syncthreads();
-    int bad = 0;
     for (int64_t j = threadIdx.x; j < q.count; j += kStreamThreads) {
       const bool counts = q.counts(j);
       s.ids[j] = counts ? q.id(j) : -1;
@@ -708,9 +733,10 @@ __global__ void __launch_bounds__(kStreamThreads, 4)
       bad |= bad_prob(q.prob(j));
       atomicOr(&s.filter[s.ids[j] >> 5 & 127], 1u << (s.ids[j] & 31));
     }
-    if (block_reduce<kStreamThreads>(bad, s.ints, Or())) status |= kBadDraftProb;
+    bad = block_reduce<kStreamThreads>(bad, s.ints, Or());
   }
   if (d.one_hot && !q.dense) {
+    const int status = decision.status | (bad ? kBadDraftProb : 0);
     if (split == 0) write_result(p, b, span, r, d.best, status);
     return;
   }
@@ -718,20 +744,14 @@ __global__ void __launch_bounds__(kStreamThreads, 4)
   const TargetRow<T> row(p, span, r);
   const float* chunk_max = ws.chunk_max + ws.slot(b, r) * ws.chunks;
   const auto a = static_cast<float>(decision.scale / d.mass());
-  LaneUniforms uniforms{philox::make_key(p.seeds[b], p.positions[b], philox::kFinal, r)};
+  LaneUniforms uniforms{s.key};
   Contender best, best_residual;
-  int bad = 0;
   const int64_t stop = split * per_cta + per_cta;
   const int64_t end = stop < ws.chunks ? stop : ws.chunks;
   for (int64_t c = split * per_cta + threadIdx.x / kWarp; c < end; c += kStreamWarps) {
     if (!q.dense && !(chunk_max[c] >= d.cut)) continue;
-    const Chunk<T> chunk(row, c);
-    chunk.each([&](float x, int64_t id) {
-      float draft = 0.0f;
-      if (q.dense && id >= chunk.start && id < chunk.stop) {
-        draft = q.dense[id];
-        bad |= bad_prob(draft);
-      }
+    Chunk<T>(row, c).each_beside(q.dense, [&](float x, float draft, int64_t id) {
+      bad |= bad_prob(draft);
       const float w = !d.one_hot && x > kMinusInf ? d.weight_of(x, id) : 0.0f;
       if (!(w > 0.0f)) return;
       const float u = uniforms.at(id);
@@ -761,11 +781,12 @@ __global__ void __launch_bounds__(kStreamThreads, 4)
   }
   __syncthreads();
   if (!s.last) return;
-  if (__ldcg(&tally->bad_prob)) status |= kBadDraftProb;
+  const bool bad_q = __ldcg(&tally->bad_prob);
   const Word64 from_p = __ldcg(&tally->best), from_residual = __ldcg(&tally->best_residual);
   // An empty residual, or a faulty q, draws from p.
-  const bool use_residual = from_residual && !(status & kBadDraftProb && decision.residual);
-  const int64_t token = d.one_hot ? d.best : id_of(use_residual ? from_residual : from_p);
+  const Word64 winner = from_residual && !bad_q ? from_residual : from_p;
+  const int status = decision.status | (bad_q ? kBadDraftProb : 0);
+  const int64_t token = d.one_hot ? d.best : id_of(winner);
   write_result(p, b, span, r, token, status);
 }
 

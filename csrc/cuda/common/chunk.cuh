@@ -62,17 +62,42 @@ struct Chunk {
     }
   }
 
-  // body(x, id) for every element of this lane, in ascending order of ids. Elements outside the
-  // chunk are -inf.
+  // Entries of a dense f32 row beside those of pack k; 0 outside the row.
+  __device__ __forceinline__ void load_beside(const float* dense, int k, float (&q)[kPer]) const {
+    const int64_t at = first + k * kStep;
+    if (at >= 0 && at + kPer <= row.vocab && aligned_16(dense + at)) {
+#pragma unroll
+      for (int i = 0; i < kPer; i += Pack<float>::kSize) {
+        const Pack<float> pack = load_pack(dense + at + i);
+#pragma unroll
+        for (int j = 0; j < Pack<float>::kSize; ++j) q[i + j] = pack.values[j];
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) {
+      q[j] = at + j >= 0 && at + j < row.vocab ? dense[at + j] : 0.0f;
+    }
+  }
+
+  // body(x, q, id) for every element of this lane, in ascending order of ids. x is -inf outside the
+  // chunk; q comes from the row `dense`, or is 0 if that is null.
   template <typename Body>
-  __device__ __forceinline__ void each(const Body& body) const {
+  __device__ __forceinline__ void each_beside(const float* dense, const Body& body) const {
 #pragma unroll 1
     for (int k = 0; k < kPacks; ++k) {
-      float x[kPer];
+      float x[kPer], q[kPer] = {};
       load(k, x);
+      if (dense) load_beside(dense, k, q);
 #pragma unroll
-      for (int j = 0; j < kPer; ++j) body(x[j], first + k * kStep + j);
+      for (int j = 0; j < kPer; ++j) body(x[j], q[j], first + k * kStep + j);
     }
+  }
+
+  // body(x, id), likewise.
+  template <typename Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+    each_beside(nullptr, [&](float x, float, int64_t id) { body(x, id); });
   }
 };
 

@@ -77,15 +77,19 @@ MTP_HOST_DEVICE Settings settings_of(const RejectionSampleParams& p, int64_t b) 
 // p(v) = weight(v) / sum over the kept ids, which are those with a logit above `cut`, or equal to
 // it and an id up to `cut_id`; or one-hot on `best`.
 struct Distribution {
-  int64_t best = 0;
-  int64_t sum = 0;
-  int64_t cut_id = INT64_MAX;
-  float cut = float_from_bits(0xff800000u);
-  float max = 0.0f;
-  float inv_temperature = 1.0f;
-  bool one_hot = false;
-  bool faulty = false;
+  int64_t best;
+  int64_t sum;
+  int64_t cut_id;
+  float cut;
+  float max;
+  float inv_temperature;
+  bool one_hot;
+  bool faulty;
 
+  // Nothing filtered.
+  MTP_HOST_DEVICE static Distribution whole(float inv_temperature) {
+    return {0, 0, INT64_MAX, float_from_bits(0xff800000u), 0.0f, inv_temperature, false, false};
+  }
   MTP_HOST_DEVICE double mass() const { return static_cast<double>(sum) / kFixedOne; }
   MTP_HOST_DEVICE bool kept(float logit, int64_t id) const {
     return logit > cut || (logit == cut && id <= cut_id);
