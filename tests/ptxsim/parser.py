@@ -495,6 +495,8 @@ class _BodyParser:
         for _, names, ranges in reversed(self.scopes):
             if name in names:
                 return Reg(names[name])
+            if not ranges:
+                continue
             match = re.fullmatch(r"(.*?)(\d+)", name)
             if match and (declared := ranges.get(match[1])) and int(match[2]) < declared[1]:
                 names[name] = self._new_register(name, declared[0])
