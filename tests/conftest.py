@@ -10,8 +10,6 @@ A test that takes `backend` runs once for each place that exists on this machine
 The operator is the test file's own name: tests/test_<op>.py. `pytest -k "ptxsim and <op>"` selects.
 """
 
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+
+from ptxsim.harness import nvcc  # noqa: E402
 
 import mtp_ext  # noqa: E402
 
@@ -42,13 +42,8 @@ def _has_kernel(op: str) -> bool:
     return (ROOT / "csrc" / "cuda" / f"{op}.cu").exists()
 
 
-def _find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-
-
 def _has_simulator() -> bool:
-    return _find_nvcc() is not None and (ROOT / "tests" / "ptxsim" / "runtime.py").exists()
+    return nvcc() is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ptxsim import errors, runtime
+from ptxsim.harness import nvcc
 
-pytestmark = pytest.mark.skipif(runtime.find_nvcc() is None, reason="needs nvcc")
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc is missing")
 
 CUB_SOURCE = r"""
 #include <cub/block/block_load.cuh>

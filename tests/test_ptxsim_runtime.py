@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from ptxsim import errors, runtime
+from ptxsim.harness import nvcc
 
-pytestmark = pytest.mark.skipif(runtime.find_nvcc() is None, reason="needs nvcc")
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc is missing")
 
 INVALID_VALUE, INVALID_CONFIGURATION, INVALID_SYMBOL = 1, 9, 13
 INVALID_DEVICE, NO_KERNEL_IMAGE = 101, 209

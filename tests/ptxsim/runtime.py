@@ -41,7 +41,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -55,6 +54,7 @@ import torch
 
 from . import engine
 from .engine import A100, H100, Checks
+from .harness import nvcc as find_nvcc
 from .memory import GlobalMemory
 from .parser import Module
 from .report import LaunchReport
@@ -278,11 +278,6 @@ def _module(fatbin: int, device: str) -> Module | None:
 
 
 # --- Building. --------------------------------------------------------------------------------
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
 
 
 def _cuda_include() -> Path:
