@@ -26,8 +26,8 @@ from mtp_ext.train.data import Batch, Documents
 @dataclass(frozen=True)
 class TrainConfig:
     depths: int = 3
-    epochs: float = 4.0
-    unrolled: float = 0.5  # the part of the steps, at the end, that trains all depths
+    epochs: float = 3.0
+    unrolled: float = 0.4  # the part of the steps, at the end, that trains all depths
     unrolled_rows: float = 0.25  # the part of the rows whose drafts are unrolled then
     batch_size: int = 8  # documents
     lr: float = 3e-4
