@@ -121,11 +121,8 @@ def test_streams_rows_and_positions_are_independent(backend):
     assert coin.shape == (400, 1) and not torch.equal(final, draft)
 
 
-def test_exponential_is_accurate():
-    """Through one draw: with equal weights the winner has the least exponential, and its value is
-    exact to 2 ulp of f32 in the specification's f64."""
-    seeds, positions = torch.arange(200), torch.zeros(200, dtype=torch.int64)
-    e = exponentials(seeds[:1], positions[:1], 0, 0, torch.arange(4096))
+def test_exponentials_have_mean_one():
+    e = exponentials(torch.arange(1), torch.zeros(1, dtype=torch.int64), 0, 0, torch.arange(4096))
     assert float(e.min()) > 0 and float(e.max()) <= -math.log(2**-24) + 1e-9
     assert abs(float(e.mean()) - 1) < 4.5 / math.sqrt(4096)
 

@@ -2,6 +2,8 @@
 // exact sums of weights.
 #pragma once
 
+#include <initializer_list>
+
 #include "cpu/common/vec.h"
 #include "mtp/exponential.h"
 

@@ -55,7 +55,28 @@ EMULATE_CONVERT(_mm512_cvtepi16_epi32, __m512i, int32_t, __m256i, int16_t, 16)
 EMULATE_CONVERT(_mm512_cvtepu8_epi32, __m512i, int32_t, __m128i, uint8_t, 16)
 EMULATE_CONVERT(_mm512_cvtepi8_epi32, __m512i, int32_t, __m128i, int8_t, 16)
 EMULATE_CONVERT(_mm512_cvtepi32_ps, __m512, float, __m512i, int32_t, 16)
+EMULATE_CONVERT(_mm512_cvtepu32_ps, __m512, float, __m512i, uint32_t, 16)
+EMULATE_CONVERT(_mm512_cvtps_pd, __m512d, double, __m256, float, 8)
 #undef EMULATE_CONVERT
+
+inline __m512i _mm512_srai_epi32(__m512i in, unsigned count) {
+  return emulation::map<__m512i, int32_t, int32_t, 16>(in, [=](int32_t x) { return x >> count; });
+}
+enum { _MM_PERM_CDAB = 0xB1 };
+inline __m512i _mm512_shuffle_epi32(__m512i in, int order) {
+  int32_t from[16], to[16];
+  std::memcpy(from, &in, sizeof(in));
+  for (int i = 0; i < 16; ++i) to[i] = from[i / 4 * 4 + (order >> (i % 4 * 2) & 3)];
+  __m512i out;
+  std::memcpy(&out, to, sizeof(out));
+  return out;
+}
+inline int64_t _mm512_reduce_add_epi64(__m512i in) {
+  int64_t lane[8], sum = 0;
+  std::memcpy(lane, &in, sizeof(in));
+  for (int64_t x : lane) sum += x;
+  return sum;
+}
 
 inline float _cvtsh_ss(uint16_t h) { return emulation::widen_f16(h); }
 inline uint16_t _cvtss_sh(float f, int) { return emulation::narrow_f16(f); }
