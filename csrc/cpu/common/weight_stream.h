@@ -273,6 +273,8 @@ template <typename W, int kM, int kN>
   }
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += 2 * kM * kRegLanes) {
+    // Rows are short and many: ask for the next rows' bytes, which no hardware prefetcher guesses.
+    for (int n = 0; n < kN; ++n) __builtin_prefetch(w + (kN + n) * stride + i);
     tile_step<W, kM, kN>(w + i, stride, x, acc);
   }
   if (i < k) {

@@ -2,7 +2,7 @@
 //
 // A decoding step multiplies a large weight matrix with a few rows, so the time is that of reading
 // the weights once. They are the A operand (rows = 16 weight rows of a warp), the activations the
-// B operand (columns = activation rows, padded to 8, 16 or 64) of mma.sync m16n8k16.
+// B operand (columns = activation rows, padded to 8, 16, 32 or 64) of mma.sync m16n8k16.
 //
 // A CTA of 8 warps takes tiles of 128 weight rows, 128 bytes of each row per pipeline stage. In a
 // product the order of k is free as long as both operands agree on it, so a thread owns the 16-byte
@@ -437,7 +437,7 @@ struct StreamPlan {
   static int64_t align(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
 };
 
-// `narrowest` says how precise activations are: the dtype among their sources that needs most.
+// x_dtype is the finest dtype among the activations' sources.
 inline StreamPlan make_plan(int64_t n, int64_t k, DType weight_dtype, DType x_dtype, bool split) {
   StreamPlan plan;
   plan.n = n;
@@ -473,7 +473,7 @@ inline int64_t stream_smem(const StreamPlan& plan, int blocks, int64_t epilogue_
 // The rows of the next pass over the weights: as many as shared memory holds, up to 64.
 inline int rows_per_pass(const StreamPlan& plan, int64_t epilogue_bytes_per_row, const char* op) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, op);
-  for (const int blocks : {8, 2}) {
+  for (const int blocks : {8, 4, 2}) {
     if (stream_smem(plan, blocks, 8 * blocks * epilogue_bytes_per_row) <= limit) return 8 * blocks;
   }
   return 8;
@@ -493,13 +493,15 @@ void launch_blocks(const StreamParams& p, const typename Epilogue::Params& e, di
 template <typename W, typename C, typename Epilogue>
 void launch_typed(const StreamPlan& plan, const StreamParams& p, const typename Epilogue::Params& e,
                   int64_t epilogue_bytes_per_row, int grid_x, cudaStream_t stream, const char* op) {
-  const int blocks = p.m <= 8 ? 1 : p.m <= 16 ? 2 : 8;
+  const int blocks = p.m <= 8 ? 1 : p.m <= 16 ? 2 : p.m <= 32 ? 4 : 8;
   const int64_t smem = stream_smem(plan, blocks, 8 * blocks * epilogue_bytes_per_row);
   const dim3 grid(grid_x, plan.splits);
   if (blocks == 1) {
     launch_blocks<W, C, 1, Epilogue>(p, e, grid, smem, stream, op);
   } else if (blocks == 2) {
     launch_blocks<W, C, 2, Epilogue>(p, e, grid, smem, stream, op);
+  } else if (blocks == 4) {
+    launch_blocks<W, C, 4, Epilogue>(p, e, grid, smem, stream, op);
   } else {
     launch_blocks<W, C, 8, Epilogue>(p, e, grid, smem, stream, op);
   }
