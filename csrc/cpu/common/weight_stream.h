@@ -271,10 +271,12 @@ template <typename W, int kM, int kN>
   for (int n = 0; n < kN; ++n) {
     for (int m = 0; m < kM; ++m) acc[n][m] = reg_zero();
   }
+  // Rows are short and many, so no hardware prefetcher guesses the next ones: ask for them early
+  // enough, but not so early that they are gone again.
+  const W* ahead = w + (stride * sizeof(W) < 2048 ? 2 * kN : kN) * stride;
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += 2 * kM * kRegLanes) {
-    // Rows are short and many: ask for the next rows' bytes, which no hardware prefetcher guesses.
-    for (int n = 0; n < kN; ++n) __builtin_prefetch(w + (kN + n) * stride + i);
+    for (int n = 0; n < kN; ++n) __builtin_prefetch(ahead + n * stride + i);
     tile_step<W, kM, kN>(w + i, stride, x, acc);
   }
   if (i < k) {
@@ -301,7 +303,7 @@ template <typename W, int kM, int kN>
 }
 
 constexpr int tile_n(int m) {
-  for (int n : {12, 8, 6, 4, 3}) {
+  for (int n : {8, 6, 4, 3}) {
     if (n * m <= kAccumulators && kTileWidth % n == 0) return n;
   }
   return 1;
