@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench.harness import HERE, Case, load_cases
+from bench.harness import HERE, Case, git_commit, load_cases
 from bench.report import bytes_text, layout
 
 ROOT = HERE.parent
-TITLE = "Counts, not times: the PTX that ships, executed on the simulator (H100 limits)"
+TITLE = "Counts, not times: the PTX that ships, executed on the simulator (H100 limits), commit "
 HEADER = [
     "shape", "kernel", "grid x block", "loaded", "stored", "x floor", "x ideal sectors",
     "bank conflicts", "warp instructions", "mma", "barriers", "",
@@ -81,7 +81,7 @@ def main(ops: Sequence[str]) -> int:
         print("--counters needs nvcc, to compile the kernels to PTX", file=sys.stderr)
         return 2
     simulated = runtime.load_ops()
-    print(TITLE)
+    print(TITLE + git_commit())
     for op in ops:
         if not (ROOT / "csrc" / "cuda" / f"{op}.cu").exists():
             continue
