@@ -507,7 +507,8 @@ def run_op(op: str, ceilings: Ceilings, options: argparse.Namespace) -> Iterator
         yield from module.rows(ceilings.device, options.small, ceilings, options)
     else:
         for case in module.cases(ceilings.device, options.small):
-            yield run_case(op, case, ceilings, options)
+            if not options.only or any(text in case.shape for text in options.only):
+                yield run_case(op, case, ceilings, options)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -520,6 +521,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--clock", choices=CLOCKS, default="wall", help="cpu: time on the core, of one thread")
     add("--peers", action="store_true", help="time the peers too")
     add("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    add("--only", metavar="TEXT", action="append", help="rows whose shape holds TEXT; repeatable")
     add("--small", action="store_true", help="shapes that only show that everything runs")
     add("--seconds", type=float, default=3.0, help="time per row (default 3)")
     add("--min-rounds", type=int, default=9)
@@ -555,6 +557,8 @@ def main(argv: list[str]) -> int:
         for row in run_op(op, ceilings, options):
             table.append(row)
             print(".", end="", file=sys.stderr, flush=True)
+        if not table:
+            continue
         print(file=sys.stderr)
         print(f"\n{op}\n{report.table(table)}", flush=True)
         rows += table

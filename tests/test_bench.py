@@ -250,6 +250,11 @@ def test_unknown_operator_is_named(capsys):
     assert "no benchmark for no_such_op; there are" in capsys.readouterr().err
 
 
+def test_only_selects_rows(ceilings):
+    rows = list(harness.run_op("eh_proj", ceilings, options("--only", "no such shape")))
+    assert rows == []
+
+
 def test_cpu_time_needs_one_thread(monkeypatch, capsys):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(SystemExit):
