@@ -53,7 +53,7 @@ def load_shards(folder: Path) -> Shard:
 
 @dataclass
 class Batch:
-    """Documents padded to one length: tokens [B, S] and so on. length 0 marks padding in `mask`."""
+    """Documents padded at their ends to one length S."""
 
     tokens: Tensor  # int64 [B, S]
     answer: Tensor  # bool [B, S], False in padding

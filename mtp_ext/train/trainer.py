@@ -1,10 +1,12 @@
 """Trains an MTP head on shards: closed-form start, distillation, unrolled depths.
 
 The recipe, in the order of what it buys:
-1. eh_proj starts as the ridge regression from [norm(e), norm(h[i])] onto the trunk's next state
-   h[i+1], with the block's output projections at zero: a working drafter before the first step.
+1. A closed-form start. eh_proj is the ridge regression from [norm(e), norm(h[i])] onto the
+   trunk's next state h[i+1]; the block copies the features of the trunk's last layer, and o_proj
+   and down_proj are regressions onto what is still missing. It drafts before the first step.
 2. The loss is the cross entropy to the trunk's own next-token distribution (its likeliest few
-   entries), over the draft vocabulary only.
+   entries), over the draft vocabulary only. What was copied learns more slowly: its features are
+   of very different sizes, and Adam's even steps would destroy it.
 3. Most steps train depth 1. The last ones unroll the head on its own hidden states, as drafting
    does.
 """
