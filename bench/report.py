@@ -43,13 +43,19 @@ def bytes_text(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def commit_text(machine: dict[str, Any]) -> str:
+    """The commit that was measured: of the compiled kernels too, where that is another one."""
+    commit, built = machine["commit"], machine.get("build_commit", machine["commit"])
+    return commit if commit.startswith(built) else f"{commit}, kernels built from {built}"
+
+
 def headline(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
     where = machine["device"]
     if machine["kind"] == "cpu":
         where += f", {machine['threads']} threads on {machine['cores']} cores, {machine['isa']}"
         where += ", CPU time" if machine["clock"] == "cpu" else ""
-    return f"{where}\ncommit {machine['commit']}; {versions}"
+    return f"{where}\ncommit {commit_text(machine)}; {versions}"
 
 
 def ceiling_lines(ceilings: dict[str, dict[str, Any]]) -> str:
@@ -146,7 +152,7 @@ def caption(machine: dict[str, Any]) -> str:
     if machine["kind"] == "cpu":
         where += f", {machine['threads']} threads, {machine['isa']}"
         where += ", CPU time" if machine["clock"] == "cpu" else ""
-    return f"{where}, commit {machine['commit']}, torch {machine['versions']['torch']}"
+    return f"{where}, commit {commit_text(machine)}, torch {machine['versions']['torch']}"
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
