@@ -49,8 +49,10 @@ def generate(trunk, tokens: list[int], max_len: int, eos: int, seed: int, temper
         if eos in new:
             new = new[: new.index(eos) + 1]
         # Rejected drafts leave the cache by being cut off.
+        rejected = len(draft) + 1 - len(new)
+        if rejected:
+            cache.crop(-rejected)
         cached = len(tokens) + len(new) - 1
-        cache.crop(cached)
         tokens = tokens + new
         yield new
 
