@@ -1,7 +1,8 @@
 # Each target makes .venv with everything it needs, unless a virtual environment is active.
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PYTHON := $(VENV)/bin/python
-TORCH ?= torch
+# The release everything is tested with; any torch that pip understands will do: TORCH=torch==2.14.1
+TORCH ?= torch==2.13.0
 export PATH := $(VENV)/bin:$(PATH)
 
 .PHONY: demo test lint format bench build install clean
