@@ -1,6 +1,8 @@
 // Checks shared by the operators that stream a weight matrix: skinny_linear, head_topk, eh_proj.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace mtp::binding {
@@ -22,10 +24,12 @@ inline void check_weight(const Checker& check, const char* name, const at::Tenso
   check.tensor("weight_scale", weight_scale, {{dims.begin()->name, weight.size(0)}}, {at::kFloat});
 }
 
-// The CUDA kernels copy rows in pieces of 16 bytes and take whole multiples of 8 elements.
+// The CUDA kernels take whole multiples of 8 elements, in pieces of 16 bytes; one-byte elements
+// also in pieces of 8.
 inline void check_cuda_rows(const Checker& check, const char* name, const at::Tensor& t) {
   if (!runs_on_cuda(t) || t.numel() == 0) return;
-  const int64_t multiple = 16 / t.element_size();
+  const int64_t multiple = std::min<int64_t>(8, 16 / t.element_size());
+  const int64_t bytes = multiple * t.element_size();
   check.require(t.size(-1) % 8 == 0, name,
                 " must have a last dimension that is a multiple of 8 on "
                 "cuda, got ",
@@ -33,8 +37,8 @@ inline void check_cuda_rows(const Checker& check, const char* name, const at::Te
   check.require(t.size(0) <= 1 || t.stride(0) % multiple == 0, name,
                 " must have a row stride that is a multiple of ", multiple,
                 " elements on cuda, got ", t.stride(0));
-  check.require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-                " must be aligned to 16 bytes on cuda");
+  check.require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0, name,
+                " must be aligned to ", bytes, " bytes on cuda");
 }
 
 }  // namespace mtp::binding
