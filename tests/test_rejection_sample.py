@@ -685,16 +685,10 @@ def test_row_offsets_beyond_32_bits(backend):
     assert_same([t.cpu() for t in got], reference(*args, **kwargs))
 
 
-@pytest.mark.parametrize("device", ["h100", "a100"])
 @pytest.mark.parametrize("method,q,filters", [("token", "dense", "kp"), ("block", "sparse", "p")])
-def test_architectures_and_schedules(backend, device, method, q, filters):
-    """sm_90a and sm_80 code under random orders of warps."""
-    if backend.name != "ptxsim":
-        pytest.skip("the simulator's own choices")
-    from ptxsim import runtime
-
+def test_any_order_of_warps(backend, simulator, method, q, filters):
     args, kwargs = make_call(3, [2], 150, q=q, filters=filters, method=method)
-    with runtime.record(device=device, seed=7):
+    with simulator.record(seed=7):
         check(backend, args, kwargs)
 
 
@@ -702,18 +696,14 @@ def test_architectures_and_schedules(backend, device, method, q, filters):
 
 
 @pytest.mark.parametrize("filters,limit", [("", 1.10), ("kp", 2.1)])
-def test_traffic(backend, filters, limit):
+def test_traffic(backend, simulator, filters, limit):
     """Logits are loaded once for the statistics, those of the final row once more for the race."""
-    if backend.name != "ptxsim":
-        pytest.skip("counts come from the simulator")
-    from ptxsim import runtime
-
     batch, vocab = 8, 32768
     args, kwargs = make_call(71, [3] * batch, vocab, dtype=torch.bfloat16, q="one-hot")
     if filters:
         kwargs["top_k"] = torch.full((batch,), 50, dtype=torch.int32)
         kwargs["top_p"] = torch.full((batch,), 0.9)
-    with runtime.record() as launches:
+    with simulator.record() as launches:
         got = backend.ops.rejection_sample(*args, **kwargs)
     assert_same(got, ops.rejection_sample(*args, **kwargs))
     assert len(launches) <= 3

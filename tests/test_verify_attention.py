@@ -501,21 +501,6 @@ def test_opcheck_and_compile(options):
 # ---- on the simulator ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def simulator(backend):
-    if backend.name != "ptxsim":
-        pytest.skip("about the simulator's devices, schedules and counts")
-    from ptxsim import runtime
-
-    return runtime
-
-
-@pytest.mark.parametrize("name", ["plain", "dim128", "fp8-scales", "everything", "group16", "q17"])
-def test_sm_80_code(backend, simulator, name):
-    with simulator.use_device("a100"):
-        check(backend, make_case(**CASES[name]))
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_any_order_of_warps(backend, simulator, seed):
     case = make_case(**CASES["everything"])
@@ -537,12 +522,11 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("device", ["h100", "a100"])
 @pytest.mark.parametrize("name", COUNTED)
-def test_each_key_is_loaded_once(backend, simulator, name, device):
+def test_each_key_is_loaded_once(backend, simulator, name):
     """Bytes loaded over the floor, whatever q_len is; no bank conflict anywhere."""
     case = make_case(**COUNTED[name])
-    with simulator.record(device) as launches:
+    with simulator.record() as launches:
         run(backend, case)
     window = case.options.get("window", 10**9)
     # A window is read in whole tiles of 64 keys.

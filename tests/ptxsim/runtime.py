@@ -17,7 +17,7 @@ What launches did, on which device, under which schedule and checks:
 `launches` holds one LaunchReport per launch, in order; buffers carry the names given to
 `data_ptr` in csrc/torch. `seed` asks for a random order of warps. `checks=Checks(...)` (exported
 here) switches a check off for a kernel that is right without it: say why beside it.
-`use_device("a100")` is `record` without the list. Each device has its own ordinal (0 is the H100,
+`use_device("a100")` only chooses the device. Each device has its own ordinal (0 is the H100,
 1 the A100) and runs the PTX of its own architecture.
 
 Only bytes that the bindings announced through `data_ptr` exist for the kernels, and only during
@@ -476,23 +476,30 @@ def record(
     max_steps: int | None = None,
 ) -> Iterator[list[LaunchReport]]:
     """Collects the reports of the launches inside; what is given holds for them."""
-    _stub()
-    outer, launches = _state.settings, []
     given = {"device": device, "seed": seed, "checks": checks, "max_steps": max_steps}
-    _select(replace(outer, **{k: v for k, v in given.items() if v is not None}))
+    launches: list[LaunchReport] = []
     _state.lists.append(launches)
     try:
-        yield launches
+        with _changed(**{k: v for k, v in given.items() if v is not None}):
+            yield launches
     finally:
         _state.lists = [reports for reports in _state.lists if reports is not launches]
-        _select(outer)
+
+
+def use_device(device: str) -> contextlib.AbstractContextManager[None]:
+    """Runs the launches inside on "h100" or "a100"."""
+    return _changed(device=device)
 
 
 @contextlib.contextmanager
-def use_device(device: str) -> Iterator[None]:
-    """Runs the launches inside on "h100" or "a100"."""
-    with record(device):
+def _changed(**given: Any) -> Iterator[None]:
+    _stub()
+    outer = _state.settings
+    _select(replace(outer, **given))
+    try:
         yield
+    finally:
+        _select(outer)
 
 
 def _select(settings: _Settings) -> None:
