@@ -1,12 +1,16 @@
 """Multi-token-prediction heads: trainable modules, their form for decoding, and their files."""
 
 from mtp_ext.nn.head_file import default_head_path, load_head, read_head, save_head
-from mtp_ext.nn.mtp_block import MTPBlock, MTPHead, MTPSpec
+from mtp_ext.nn.mtp_block import MTPBlock
+from mtp_ext.nn.mtp_head import MTPHead
+from mtp_ext.nn.specs import LatentSpec, MoESpec, MTPSpec
 
 __all__ = [
+    "LatentSpec",
     "MTPBlock",
     "MTPHead",
     "MTPSpec",
+    "MoESpec",
     "default_head_path",
     "load_head",
     "read_head",

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.nn.mtp_block import MTPBlock, MTPHead, MTPSpec
+from mtp_ext.nn.mtp_block import MTPBlock
+from mtp_ext.nn.mtp_head import MTPHead
+from mtp_ext.nn.specs import MTPSpec
 
 DEFAULT_HEAD = "smollm2_135m_mtp.safetensors"
 
@@ -21,10 +23,15 @@ def default_head_path() -> Path:
 def save_head(
     path: str | Path, block: MTPBlock, token_map: Tensor | None = None, **metadata: Any
 ) -> None:
-    """Writes the block in bf16. metadata (trunk, training tokens, acceptance, ...) must be JSON."""
+    """Writes the block: parameters in bf16, a router's correction bias as it is.
+
+    metadata (trunk, training tokens, acceptance, ...) must be JSON.
+    """
     from safetensors.torch import save_file
 
-    tensors = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in block.named_parameters()}
+    tensors = {name: t.detach().contiguous() for name, t in block.state_dict().items()}
+    for name, p in block.named_parameters():
+        tensors[name] = p.detach().to(torch.bfloat16).contiguous()
     if token_map is not None:
         tensors["token_map"] = token_map.to(torch.int32).contiguous()
     header = {"spec": json.dumps(block.spec.to_dict())}
@@ -43,7 +50,7 @@ def read_head(path: str | Path | None = None) -> tuple[MTPBlock, Tensor | None, 
     if "spec" not in metadata:
         raise ValueError(f"{path}: no 'spec' in the header; not a head written by save_head")
     token_map = tensors.pop("token_map", None)
-    block = MTPBlock(MTPSpec(**json.loads(metadata.pop("spec"))))
+    block = MTPBlock(MTPSpec.from_dict(json.loads(metadata.pop("spec"))))
     block.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return block, token_map, metadata
 
@@ -52,8 +59,7 @@ def load_head(path: str | Path | None = None, *, trunk: Any, int8: bool = True) 
     """A head ready to draft for `trunk`: anything with `embedding` and `lm_head`, [V, H] each.
 
     The head takes the embedding's dtype and device; its large matrices become int8 unless told
-    otherwise (`MTPHead`). A head without its own final norm also needs
-    `trunk.norm`.
+    otherwise (`MTPHead`). A head that borrows the trunk's final norm also needs `trunk.norm`.
     """
     block, token_map, metadata = read_head(path)
     vocab, hidden = trunk.embedding.shape
@@ -68,7 +74,7 @@ def load_head(path: str | Path | None = None, *, trunk: Any, int8: bool = True) 
         block,
         trunk.embedding,
         trunk.lm_head,
-        trunk_norm=None if block.spec.own_norm else trunk.norm,
+        trunk_norm=trunk.norm if block.spec.final_norm == "trunk" else None,
         token_map=token_map,
         metadata=metadata,
         int8=int8,
