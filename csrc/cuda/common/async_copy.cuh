@@ -16,11 +16,15 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// Copies 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
-__device__ __forceinline__ void copy16(uint32_t to_shared, const void* from, bool valid) {
+// Copies `bytes` <= 16 bytes past L1 and fills up with zeros; of 0 bytes nothing is read.
+__device__ __forceinline__ void copy16(uint32_t to_shared, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
-               "r"(valid ? 16 : 0)
+               "r"(bytes)
                : "memory");
+}
+
+__device__ __forceinline__ void copy16(uint32_t to_shared, const void* from, bool valid) {
+  copy16(to_shared, from, valid ? 16 : 0);
 }
 
 __device__ __forceinline__ void copy16(uint32_t to_shared, const void* from, bool valid,
@@ -31,10 +35,14 @@ __device__ __forceinline__ void copy16(uint32_t to_shared, const void* from, boo
 }
 
 // For rows that are only aligned to 8 bytes.
-__device__ __forceinline__ void copy8(uint32_t to_shared, const void* from, bool valid) {
+__device__ __forceinline__ void copy8(uint32_t to_shared, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to_shared), "l"(from),
-               "r"(valid ? 8 : 0)
+               "r"(bytes)
                : "memory");
+}
+
+__device__ __forceinline__ void copy8(uint32_t to_shared, const void* from, bool valid) {
+  copy8(to_shared, from, valid ? 8 : 0);
 }
 
 __device__ __forceinline__ void commit_copies() {
