@@ -74,7 +74,7 @@ def yarn_magnitude(scaling: dict, m: float) -> float:
     return 0.1 * m * math.log(scaling["factor"]) + 1
 
 
-def rope_table(spec: MTPSpec, device: torch.device | str = "cpu") -> Tensor:
+def rope_table(spec: MTPSpec) -> Tensor:
     """f32 [max_positions, D] in `rope_order`: the cosines of a position, then its sines."""
     rotated, size = rotary_size(spec)
     half = rotated // 2
@@ -90,7 +90,7 @@ def rope_table(spec: MTPSpec, device: torch.device | str = "cpu") -> Tensor:
     angle = torch.outer(torch.arange(spec.max_positions, dtype=torch.float32), frequency)
     still = torch.zeros(spec.max_positions, (size - rotated) // 2)
     cos = torch.cat([angle.cos() * magnitude, still + 1], -1)
-    return torch.cat([cos, angle.sin() * magnitude, still], -1).to(device)
+    return torch.cat([cos, angle.sin() * magnitude, still], -1)
 
 
 def rotate(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:

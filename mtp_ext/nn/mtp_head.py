@@ -101,7 +101,7 @@ class DecodingLayer:
             self.down = Matrix(mlp.down_proj.weight, None, like, int8)
         else:
             self.experts = copy.deepcopy(mlp).to(like.device, like.dtype).requires_grad_(False)
-        self.rope = rope_table(spec, like.device)
+        self.rope = rope_table(spec).to(like.device)
 
     def __call__(
         self,
