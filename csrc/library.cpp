@@ -44,6 +44,32 @@ MTP_LIBRARY(m) {
       "Tensor? top_p=None, Tensor? min_p=None, Tensor? token_bitmask=None, "
       "str method=\"token\") -> (Tensor token_ids, Tensor num_accepted, Tensor status)");
 
+  // Training. An operator with an underscore is its public one with the gradients of `loss` to
+  // hidden, weight and bias, in f32; its autograd calls it.
+  def("linear_mtp_loss(Tensor hidden, Tensor weight, Tensor labels, *, Tensor? cu_seqlens=None, "
+      "Tensor? loss_mask=None, Tensor? depth_weights=None, Tensor? bias=None, "
+      "Tensor? weight_grad_accum=None, int first_shift=2, int ignore_index=-100, "
+      "float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0) "
+      "-> (Tensor loss, Tensor depth_loss, Tensor num_tokens, Tensor num_correct)");
+  def("_linear_mtp_loss(Tensor hidden, Tensor weight, Tensor labels, Tensor? cu_seqlens, "
+      "Tensor? loss_mask, Tensor? depth_weights, Tensor? bias, int first_shift, "
+      "int ignore_index, float label_smoothing, float z_loss, float softcap, bool grad_hidden, "
+      "bool grad_weight, bool grad_bias) -> (Tensor loss, Tensor depth_loss, Tensor num_tokens, "
+      "Tensor num_correct, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+
+  def("soft_mtp_loss(Tensor hidden, Tensor weight, *, Tensor? teacher_hidden=None, "
+      "Tensor? teacher_ids=None, Tensor? teacher_logprobs=None, Tensor? cu_seqlens=None, "
+      "Tensor? loss_mask=None, Tensor? depth_weights=None, Tensor? bias=None, "
+      "Tensor? weight_grad_accum=None, int first_shift=2, float kl_weight=1.0, "
+      "float tv_weight=0.0, float softcap=0.0) "
+      "-> (Tensor loss, Tensor depth_loss, Tensor num_tokens, Tensor acceptance)");
+  def("_soft_mtp_loss(Tensor hidden, Tensor weight, Tensor? teacher_hidden, Tensor? teacher_ids, "
+      "Tensor? teacher_logprobs, Tensor? cu_seqlens, Tensor? loss_mask, Tensor? depth_weights, "
+      "Tensor? bias, int first_shift, float kl_weight, float tv_weight, float softcap, "
+      "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor loss, Tensor depth_loss, "
+      "Tensor num_tokens, Tensor acceptance, Tensor grad_hidden, Tensor grad_weight, "
+      "Tensor grad_bias)");
+
   // What a trunk needs between its projections and attention, row by row.
   def("add_rms_norm(Tensor(a!) residual, Tensor weight, *, Tensor? x=None, float eps=1e-6, "
       "bool gemma_norm=False) -> Tensor");

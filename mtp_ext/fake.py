@@ -346,3 +346,126 @@ def _head_topk(
     logits = hidden.new_empty((rows, k), dtype=torch.float32)
     ids = hidden.new_empty((rows, k), dtype=torch.int64)
     return logits, ids, hidden.new_empty((rows,), dtype=torch.float32)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def _check_mtp_loss(
+    op, hidden, weight, cu_seqlens, loss_mask, depth_weights, bias, first_shift, softcap
+):
+    _check_dtype(op, "hidden", hidden, *_FLOATS)
+    _check_shape(op, "hidden", hidden, None, None, None)
+    depths, rows, size = hidden.shape
+    _check_dtype(op, "weight", weight, hidden.dtype)
+    _check_shape(op, "weight", weight, None, size)
+    _check_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+    _check_shape(op, "cu_seqlens", cu_seqlens, None)
+    _check_dtype(op, "loss_mask", loss_mask, torch.bool)
+    _check_shape(op, "loss_mask", loss_mask, rows)
+    _check_dtype(op, "depth_weights", depth_weights, torch.float32)
+    _check_shape(op, "depth_weights", depth_weights, depths)
+    _check_dtype(op, "bias", bias, hidden.dtype)
+    _check_shape(op, "bias", bias, weight.shape[0])
+    torch._check(
+        first_shift >= 1, lambda: f"{op}: first_shift must be at least 1, got {first_shift}"
+    )
+    torch._check(softcap >= 0, lambda: f"{op}: softcap must be 0 or positive, got {softcap}")
+
+
+def _mtp_loss_results(hidden, extra):
+    """loss, depth_loss, num_tokens and what the operator counts besides."""
+    depths = (hidden.shape[0],)
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(depths, dtype=torch.float32),
+        hidden.new_empty(depths, dtype=torch.int64),
+        hidden.new_empty(depths, dtype=extra),
+    )
+
+
+def _mtp_loss_gradients(hidden, weight, grad_hidden, grad_weight, grad_bias):
+    def gradient(wanted, shape):
+        return hidden.new_empty(shape if wanted else (0,), dtype=torch.float32)
+
+    return (
+        gradient(grad_hidden, hidden.shape),
+        gradient(grad_weight, weight.shape),
+        gradient(grad_bias, weight.shape[:1]),
+    )
+
+
+@torch.library.register_fake("mtp::linear_mtp_loss")
+def _linear_mtp_loss(
+    hidden, weight, labels, *, cu_seqlens=None, loss_mask=None, depth_weights=None, bias=None,
+    weight_grad_accum=None, first_shift=2, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    softcap=0.0,
+):  # fmt: skip
+    op = "linear_mtp_loss"
+    _check_mtp_loss(
+        op, hidden, weight, cu_seqlens, loss_mask, depth_weights, bias, first_shift, softcap
+    )
+    _check_dtype(op, "labels", labels, torch.int64)
+    _check_shape(op, "labels", labels, hidden.shape[1])
+    torch._check(
+        0 <= label_smoothing <= 1,
+        lambda: f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}",
+    )
+    return _mtp_loss_results(hidden, torch.int64)
+
+
+@torch.library.register_fake("mtp::_linear_mtp_loss")
+def _linear_mtp_loss_with_gradients(
+    hidden, weight, labels, cu_seqlens, loss_mask, depth_weights, bias, first_shift, ignore_index,
+    label_smoothing, z_loss, softcap, grad_hidden, grad_weight, grad_bias,
+):  # fmt: skip
+    results = _linear_mtp_loss(
+        hidden, weight, labels, cu_seqlens=cu_seqlens, loss_mask=loss_mask,
+        depth_weights=depth_weights, bias=bias, first_shift=first_shift,
+        label_smoothing=label_smoothing, softcap=softcap,
+    )  # fmt: skip
+    return results + _mtp_loss_gradients(hidden, weight, grad_hidden, grad_weight, grad_bias)
+
+
+@torch.library.register_fake("mtp::soft_mtp_loss")
+def _soft_mtp_loss(
+    hidden, weight, *, teacher_hidden=None, teacher_ids=None, teacher_logprobs=None,
+    cu_seqlens=None, loss_mask=None, depth_weights=None, bias=None, weight_grad_accum=None,
+    first_shift=2, kl_weight=1.0, tv_weight=0.0, softcap=0.0,
+):  # fmt: skip
+    op = "soft_mtp_loss"
+    _check_mtp_loss(
+        op, hidden, weight, cu_seqlens, loss_mask, depth_weights, bias, first_shift, softcap
+    )
+    torch._check(
+        (teacher_ids is None) == (teacher_logprobs is None),
+        lambda: f"{op}: teacher_ids and teacher_logprobs go together",
+    )
+    torch._check(
+        (teacher_hidden is None) != (teacher_ids is None),
+        lambda: (
+            f"{op}: the teacher must be either teacher_hidden, or teacher_ids and teacher_logprobs"
+        ),
+    )
+    _check_dtype(op, "teacher_hidden", teacher_hidden, hidden.dtype)
+    _check_shape(op, "teacher_hidden", teacher_hidden, *hidden.shape[1:])
+    _check_dtype(op, "teacher_ids", teacher_ids, torch.int32, torch.int64)
+    _check_shape(op, "teacher_ids", teacher_ids, hidden.shape[1], None)
+    if teacher_ids is not None:
+        _check_dtype(op, "teacher_logprobs", teacher_logprobs, torch.float32)
+        _check_shape(op, "teacher_logprobs", teacher_logprobs, *teacher_ids.shape)
+    return _mtp_loss_results(hidden, torch.float32)
+
+
+@torch.library.register_fake("mtp::_soft_mtp_loss")
+def _soft_mtp_loss_with_gradients(
+    hidden, weight, teacher_hidden, teacher_ids, teacher_logprobs, cu_seqlens, loss_mask,
+    depth_weights, bias, first_shift, kl_weight, tv_weight, softcap, grad_hidden, grad_weight,
+    grad_bias,
+):  # fmt: skip
+    results = _soft_mtp_loss(
+        hidden, weight, teacher_hidden=teacher_hidden, teacher_ids=teacher_ids,
+        teacher_logprobs=teacher_logprobs, cu_seqlens=cu_seqlens, loss_mask=loss_mask,
+        depth_weights=depth_weights, bias=bias, first_shift=first_shift, softcap=softcap,
+    )  # fmt: skip
+    return results + _mtp_loss_gradients(hidden, weight, grad_hidden, grad_weight, grad_bias)

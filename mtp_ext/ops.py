@@ -462,3 +462,151 @@ def head_topk(
         softcap=softcap,
         vocab_offset=vocab_offset,
     )
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def linear_mtp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    depth_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    weight_grad_accum: Tensor | None = None,
+    first_shift: int = 2,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross entropy of all prediction depths straight from hidden states, with its gradients.
+
+    Row i of depth d predicts labels[i + d + first_shift]. It counts iff that position lies in the
+    same document and holds a label that is unmasked and in [0, V); the hiddens of other rows are
+    never read (they may be NaN) and get a gradient of exactly 0. A logit is cap * tanh(x / cap) of
+    x = hidden . weight[v] + bias[v].
+
+    Where a gradient is wanted it is computed with the logits, in the forward call: nothing is
+    computed twice, and no logits outlive a chunk of rows. Extra memory: 32 MiB of logits (at least
+    64 rows of them; on CUDA half as much again for their gradient), and until the backward the
+    gradients in f32: K*T*H, V*H and V elements, as far as hidden, weight and bias require them.
+
+    Args:
+        hidden: f32, f16 or bf16 [K, T, H], one slice per depth; the first two strides are free.
+        weight: [V, H] in hidden's dtype; rows may be strided.
+        labels: int64 [T], the raw token ids, not shifted.
+        cu_seqlens: int32 [B + 1], ascending offsets of the documents; None: a single one. Rows
+            outside all documents do not count.
+        loss_mask: bool [T], by position of the label: False does not count.
+        depth_weights: f32 [K]; None: 1 / K each. Read on the device, so a curriculum may change it
+            in place under a captured graph. It gets no gradient.
+        bias: hidden's dtype [V].
+        weight_grad_accum: f32 [V, H]. The backward adds weight's gradient to it, in f32, and weight
+            itself gets none: for a weight that is tied to an embedding.
+        first_shift: distance from a row to its label at depth 0; at least 1, the ordinary
+            next-token loss.
+        ignore_index: a label that does not count.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`, in [0, 1].
+        z_loss: adds z_loss * lse^2 to a row's loss.
+        softcap: 0 is off.
+
+    Returns:
+        loss f32 []: sum of depth_weights * depth_loss. The only differentiable result.
+        depth_loss f32 [K]: mean over the rows that count; 0 if there are none.
+        num_tokens int64 [K]: how many count.
+        num_correct int64 [K]: how many of those have their label as argmax, ties lowest id.
+
+    Chunked losses with gradients in the forward call: Hsu et al., "Liger Kernel", 2024.
+    """
+    return _ops.linear_mtp_loss(
+        hidden,
+        weight,
+        labels,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
+        depth_weights=depth_weights,
+        bias=bias,
+        weight_grad_accum=weight_grad_accum,
+        first_shift=first_shift,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+
+
+def soft_mtp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    depth_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    weight_grad_accum: Tensor | None = None,
+    first_shift: int = 2,
+    kl_weight: float = 1.0,
+    tv_weight: float = 0.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distils a teacher into all prediction depths straight from hidden states.
+
+    Row j of the teacher is its distribution of the token after position j. Row i of depth d, whose
+    softmax over the vocabulary is q, is compared with p = row i + d + first_shift - 1 of the
+    teacher, so that it predicts the same token as in `linear_mtp_loss`. It counts iff that row lies
+    in the same document and is unmasked. Its loss is
+
+        kl_weight * sum_v p_v (log p_v - log q_v) + tv_weight * (1 - sum_v min(p_v, q_v)).
+
+    Rejection sampling accepts a draft drawn from q with probability sum min(p, q) = 1 - TV(p, q):
+    the mean of it is returned, and tv_weight trains for it directly.
+
+    The teacher is either `teacher_hidden`, read through the same head (weight, bias, softcap; no
+    gradient flows there), or pairs of ids and log-probabilities. Pairs may cover only part of the
+    mass; what they leave out, and pairs whose id is outside [0, V) (say -1, for a token that a
+    reduced vocabulary lacks), counts as p = 0 without renormalisation. Then the first term is the
+    cross entropy to the pairs up to a constant, and the acceptance is a lower bound.
+
+    Memory and gradients as in `linear_mtp_loss`; with `teacher_hidden` a chunk has half as many
+    rows (at least 64) beside the teacher's.
+
+    Args:
+        hidden, weight, cu_seqlens, depth_weights, bias, weight_grad_accum, softcap: as in
+            `linear_mtp_loss`.
+        teacher_hidden: hidden's dtype [T, H]; rows may be strided.
+        teacher_ids: int32 or int64 [T, m], m <= 256, distinct within a row.
+        teacher_logprobs: f32 [T, m], natural logarithms; -inf is a probability of 0.
+        loss_mask: bool [T], by row of the teacher.
+        first_shift: at least 1. With one depth and first_shift=1, row i is compared with row i of
+            the teacher.
+        kl_weight, tv_weight: of the two terms.
+
+    Returns:
+        loss f32 []: sum of depth_weights * depth_loss. The only differentiable result.
+        depth_loss f32 [K]: mean over the rows that count; 0 if there are none.
+        num_tokens int64 [K]: how many count.
+        acceptance f32 [K]: mean of sum min(p, q); 0 if none count.
+    """
+    return _ops.soft_mtp_loss(
+        hidden,
+        weight,
+        teacher_hidden=teacher_hidden,
+        teacher_ids=teacher_ids,
+        teacher_logprobs=teacher_logprobs,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
+        depth_weights=depth_weights,
+        bias=bias,
+        weight_grad_accum=weight_grad_accum,
+        first_shift=first_shift,
+        kl_weight=kl_weight,
+        tv_weight=tv_weight,
+        softcap=softcap,
+    )
