@@ -15,7 +15,7 @@ import torch
 from published_heads import CONFIGS, LAYERS, H, V
 from torch import Tensor
 
-from mtp_ext.nn import MTPBlock, MTPSpec, load_checkpoint
+from mtp_ext.nn import MTPBlock, MTPHead, MTPSpec, load_checkpoint
 from mtp_ext.nn.layers import DecoderLayer
 
 S = 9  # rows with a state of the trunk
@@ -104,10 +104,10 @@ def deepseek_layer(w: Weights, x: Tensor) -> Tensor:
         shared_key = turn(down[:, 20:], inverse, neighbours=True)
         heads = []
         for n in range(4):
-            query, key_value = q[:, 20 * n : 20 * n + 20], kv[:, 22 * n : 22 * n + 22]
-            query = torch.cat([query[:, :12], turn(query[:, 12:], inverse, neighbours=True)], 1)
-            key = torch.cat([key_value[:, :12], shared_key], 1)
-            heads.append(attend(query, key, key_value[:, 12:], 20**-0.5 * temperature))
+            query, key_value = q[:, 24 * n : 24 * n + 24], kv[:, 26 * n : 26 * n + 26]
+            query = torch.cat([query[:, :16], turn(query[:, 16:], inverse, neighbours=True)], 1)
+            key = torch.cat([key_value[:, :16], shared_key], 1)
+            heads.append(attend(query, key, key_value[:, 16:], 24**-0.5 * temperature))
         return torch.cat(heads, 1) @ w[f"{at}.o_proj.weight"].T
 
     return around(w, AT, x, 1e-6, attention, lambda x: sigmoid_experts(w, f"{AT}.mlp", x, 4, 2))
@@ -263,7 +263,7 @@ def mimo(w: Weights, t: Trunk) -> tuple[Tensor, Tensor]:
         t,
         t.state,
         project,
-        lambda x: plain_layer(w, at, x, 12, 640000, neighbours=False),
+        lambda x: plain_layer(w, at, x, 24, 640000, neighbours=False),
         lambda y: y,
         lambda y: norm(y, w[f"{at}.final_layernorm.weight"], 1e-5) @ t.lm_head.T,
     )
@@ -356,6 +356,34 @@ def test_a_family_is_its_formula(case: str, tmp_path) -> None:
     block, weights, t = given(case, tmp_path)
     for ours, theirs in zip(run(block, t), CASES[case][1](weights, t)):
         assert distance(ours, theirs) < 1e-5  # rotation tables are f32
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_family_decodes_to_its_formula(case: str, tmp_path) -> None:
+    """The loaded head over the operators, with a paged cache: rows in two steps, then a draft."""
+    block, weights, t = given(case, tmp_path)
+    shared = (t.embedding.float(), t.lm_head.float())
+    head = MTPHead(block, *shared, trunk_norm=t.norm.float())
+    caches, table = head.new_cache(3, 4), torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    h = (t.normed if block.spec.h_source == "post_norm" else t.state).float()
+
+    def extend(ids: Tensor, hidden: Tensor, begin: int) -> Tensor:
+        end = begin + len(ids)
+        lens = torch.tensor([begin], dtype=torch.int32)
+        cu = torch.tensor([0, len(ids)], dtype=torch.int32)
+        positions = torch.arange(begin, end)
+        return head.extend(ids, hidden, positions, *caches, table, lens, cu, len(ids))
+
+    first = extend(t.tokens[1:4], h[:3], 0)
+    y = torch.cat([first, extend(t.tokens[4 : S + 1], h[3:], 3)])
+    draft = extend(t.tokens[S + 1 :], head.recur(y[-1:]), S)
+    for state, expected in zip((y, draft), CASES[case][1](weights, t)):
+        logits, ids, lse = head.propose(state, 5)
+        expected = expected.view(len(state), V)
+        top = expected.topk(5, -1)
+        torch.testing.assert_close(logits.double(), top.values, rtol=1e-3, atol=1e-3)
+        assert torch.equal(ids, top.indices)
+        torch.testing.assert_close(lse.double(), expected.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
 # option: its other values; what a family's own value is depends on the family

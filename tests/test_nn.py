@@ -54,6 +54,13 @@ SWITCHES = {
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     },
     "moe": {"moe": MoESpec(num_experts=4, top_k=2, intermediate_size=24, shared_size=16)},
+    "latent": {
+        "latent": LatentSpec(q_lora_rank=20, kv_lora_rank=24, nope_dim=16, rope_dim=8, v_dim=12),
+        "rope_interleaved": True,
+    },
+    "latent_without_q_lora": {
+        "latent": LatentSpec(q_lora_rank=None, kv_lora_rank=24, nope_dim=8, rope_dim=8, v_dim=16),
+    },
 }
 LENGTHS = [7, 1, 12]  # rows with the trunk's hidden states, per request
 DEPTHS = 3
@@ -205,11 +212,28 @@ def test_every_switch_changes_the_result(switch: str) -> None:
         assert difference[0] == 0
 
 
-def test_rows_do_not_depend_on_the_batch() -> None:
-    head = make_head(make_block(), torch.bfloat16)
-    for paged in zip(run_head(head, page=4), run_head(head, page=16)):
+@pytest.mark.parametrize("switch", ["default", "all_of_a_layer", "moe", "latent"])
+def test_rows_do_not_depend_on_the_batch(switch: str) -> None:
+    head = make_head(make_block(**SWITCHES[switch]), torch.bfloat16)
+    together = run_head(head, page=4)
+    for paged in zip(together, run_head(head, page=16)):
         for a, b in zip(*paged):
             assert torch.equal(a, b)
+    # One row after the other, from the beginning.
+    for (tokens, hidden), rows in zip(inputs(), together):
+        caches, table = head.new_cache(4, 4), torch.arange(4, dtype=torch.int32)[None]
+        for i in range(len(hidden)):
+            y = head.extend(
+                tokens[i + 1 : i + 2],
+                hidden[i : i + 1],
+                torch.tensor([i]),
+                *caches,
+                table,
+                torch.tensor([i], dtype=torch.int32),
+                torch.tensor([0, 1], dtype=torch.int32),
+                1,
+            )
+            assert torch.equal(y[0], rows[0][i]), i
 
 
 def test_propose_is_the_lm_head() -> None:
@@ -258,12 +282,6 @@ def test_experts_keep_their_correction_bias_in_a_file(tmp_path) -> None:
     assert again.spec == block.spec
     for name, p in block.state_dict().items():
         assert torch.equal(p, again.state_dict()[name]), name
-
-
-def test_latent_attention_is_not_decoded() -> None:
-    latent = LatentSpec(q_lora_rank=None, kv_lora_rank=16, nope_dim=8, rope_dim=8, v_dim=8)
-    with pytest.raises(ValueError, match="latent attention"):
-        make_head(make_block(latent=latent), torch.float32)
 
 
 def test_shipped_head() -> None:

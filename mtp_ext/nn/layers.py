@@ -9,6 +9,7 @@ exactly as decoding does:
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +203,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores the experts and chooses each token's: weights [T, top_k] and ids int64 [T, top_k]."""
+    """Scores the experts and chooses each token's."""
 
     def __init__(self, hidden_size: int, spec: MoESpec):
         super().__init__()
@@ -213,12 +214,17 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(spec.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        spec = self.spec
+        """`choose` for rows x [T, H]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        weights, ids = self.choose(F.linear(x.to(wide), self.weight.to(wide)))
+        return weights.to(x.dtype), ids
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """From logits [T, experts], f32 or f64: weights and int64 ids, [T, top_k] each."""
+        spec = self.spec
         if spec.scoring == "sigmoid":
             scores = logits.sigmoid()
-            choice = scores + self.e_score_correction_bias.to(wide)
+            choice = scores + self.e_score_correction_bias.to(logits)
         else:
             scores = choice = logits.softmax(-1)
         if spec.top_groups < spec.num_groups:
@@ -230,7 +236,18 @@ class Router(nn.Module):
         weights = scores.gather(-1, ids)
         if spec.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        return (weights * spec.scale).to(x.dtype), ids
+        return weights * spec.scale, ids
+
+
+def mix_experts(
+    x: Tensor, weights: Tensor, ids: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """Sums each row's experts in the order of their ids; x [T, H], weights and ids [T, top_k]."""
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        row, slot = (ids == expert).nonzero(as_tuple=True)
+        out = out.index_add(0, row, experts[expert](x[row]) * weights[row, slot, None])
+    return out
 
 
 class MoE(nn.Module):
@@ -253,12 +270,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        weights, ids = self.gate(rows)
-        out = torch.zeros_like(rows)
-        for expert in ids.unique().tolist():
-            row, slot = (ids == expert).nonzero(as_tuple=True)
-            y = self.experts[expert](rows[row]) * weights[row, slot, None]
-            out = out.index_add(0, row, y)
+        out = mix_experts(rows, *self.gate(rows), self.experts)
         if self.shared_experts is not None:
             shared = self.shared_experts(rows)
             if self.shared_expert_gate is not None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext import ops
+from mtp_ext.nn.decoding_layer import DecodingLayer, Matrix, vector
 from mtp_ext.nn.layers import DecoderLayer, rms_norm
-from mtp_ext.nn.mtp_head import DecodingLayer, Matrix
 from mtp_ext.nn.specs import MTPSpec
 
 
@@ -75,15 +75,13 @@ class ParallelDrafter:
         self.dtype, self.device = lm_head.dtype, lm_head.device
         self.token_map = None if token_map is None else token_map.to(self.device)
         drafted = lm_head if token_map is None else lm_head[self.token_map.long()]
-        self.lm_head = Matrix(drafted, None, lm_head, int8)
-        self.norm = trunk_norm.detach().to(self.device, self.dtype).contiguous()
+        self.lm_head = Matrix(drafted, lm_head, int8)
+        self.norm = vector(trunk_norm, lm_head)
         self.layers = [DecodingLayer(head, lm_head, int8) for head in heads.extra_heads]
 
     def new_cache(self, num_pages: int, page_size: int) -> list[tuple[Tensor, Tensor]]:
         """Zeroed k_cache and v_cache of every head, [pages, page_size, Hkv, D] each."""
-        shape = (num_pages, page_size, self.spec.num_kv_heads, self.spec.head_dim)
-        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return [(zeros.clone(), zeros.clone()) for _ in self.layers]
+        return [layer.new_cache(num_pages, page_size) for layer in self.layers]
 
     @torch.no_grad()
     def extend(
