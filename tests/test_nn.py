@@ -274,6 +274,15 @@ def test_a_head_of_another_model_is_refused(tmp_path) -> None:
         load_head(path, trunk=trunk)
 
 
+@pytest.mark.parametrize("own_norm", [True, False])
+def test_specs_of_older_files(own_norm: bool) -> None:
+    values = SPEC.to_dict()
+    for name in ("final_norm", "qk_norm", "latent", "moe"):
+        del values[name]
+    spec = MTPSpec.from_dict({**values, "own_norm": own_norm})
+    assert spec == dataclasses.replace(SPEC, final_norm="own" if own_norm else "trunk")
+
+
 def test_experts_keep_their_correction_bias_in_a_file(tmp_path) -> None:
     block = make_block(**SWITCHES["moe"])
     block.mlp.gate.e_score_correction_bias += torch.arange(4) / 7

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_ext import ops
 from mtp_ext.nn import (
     MedusaHeads,
     MTPHead,
@@ -174,6 +176,32 @@ def test_gradients_against_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (hidden, *values), fast_mode=True)
 
 
+def test_states_are_what_the_loss_takes() -> None:
+    """`linear_mtp_loss` on `states` is the cross entropy of the logits, with its gradients."""
+    head, (hidden, ids) = chained(), inputs()
+    documents = (torch.arange(S) >= 5).long().expand(B, S)
+
+    states = head.states(hidden, ids, documents=documents).transpose(0, 1).flatten(1, 2)
+    ends = torch.tensor([0, 5, S, S + 5, 2 * S], dtype=torch.int32)
+    loss, depth_loss, count, _ = ops.linear_mtp_loss(
+        states, head.lm_head, ids.flatten(), cu_seqlens=ends
+    )
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in head.named_parameters()}
+    head.zero_grad()
+
+    logits, per_depth = head(hidden, ids, documents=documents), []
+    for d in range(K):
+        i = torch.tensor([*range(5 - d - 2), *range(5, S - d - 2)])
+        assert int(count[d]) == B * len(i)
+        targets = ids[:, i + d + 2]
+        per_depth.append(F.cross_entropy(logits[:, d, i].flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(depth_loss, torch.stack(per_depth))
+    torch.stack(per_depth).mean().backward()
+    for name, p in head.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_unknown_ids_have_no_embedding() -> None:
     head, (hidden, ids) = chained(), inputs()
     ids[0, 3], ids[1, 5] = -100, V
@@ -242,8 +270,6 @@ def test_the_chain_decodes_over_the_operators(share_block: bool) -> None:
 
 @pytest.mark.parametrize("gemma_norm", [False, True])
 def test_parallel_heads_draft_in_one_call(gemma_norm: bool, monkeypatch) -> None:
-    from mtp_ext import ops
-
     spec = dataclasses.replace(SPEC, gemma_norm=gemma_norm)
     heads = randomize(ParallelHeads(spec, K))
     norm, lm_head = 1 + torch.arange(H) / H, torch.randn(V, H)

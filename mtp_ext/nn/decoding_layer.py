@@ -5,6 +5,7 @@ does not depend on the other rows of the call.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_ext import ops
@@ -17,7 +18,6 @@ from mtp_ext.nn.layers import (
     mix_experts,
     rope_order,
     rope_table,
-    rotate,
 )
 
 
@@ -110,18 +110,26 @@ class DecodingLatentAttention:
         self.spec, self.scale = layer.spec, attn.scale
         self.latent = latent = layer.spec.latent
         self.cache_shape = (layer.spec.num_heads, latent.nope_dim + latent.rope_dim)
+        n, order = layer.spec.num_heads, rope_order(layer.spec)
+
+        def ordered(weight: Tensor, heads: int) -> Tensor:
+            """The rotated rows, the last of every head, in the order that rope_qkv expects."""
+            if order is None:
+                return weight
+            weight = weight.unflatten(0, (heads, -1))
+            still, turned = weight.tensor_split([-latent.rope_dim], 1)
+            return torch.cat([still, turned[:, order.to(weight.device)]], 1).flatten(0, 1)
+
         if latent.q_lora_rank is None:
-            self.q = Matrix(attn.q_proj.weight, like, int8)
+            self.q = Matrix(ordered(attn.q_proj.weight, n), like, int8)
         else:
             self.q_a = Matrix(attn.q_a_proj.weight, like, int8)
             self.q_norm = vector(attn.q_a_layernorm.weight, like)
-            self.q = Matrix(attn.q_b_proj.weight, like, int8)
-        self.kv_a = Matrix(attn.kv_a_proj_with_mqa.weight, like, int8)
+            self.q = Matrix(ordered(attn.q_b_proj.weight, n), like, int8)
+        self.kv_a = Matrix(ordered(attn.kv_a_proj_with_mqa.weight, 1), like, int8)
         self.kv_norm = vector(attn.kv_a_layernorm.weight, like)
         self.kv_b = Matrix(attn.kv_b_proj.weight, like, int8)
         self.o_proj = Matrix(attn.o_proj.weight, like, int8)
-        order = rope_order(layer.spec)
-        self.order = None if order is None else order.to(like.device)
         self.rope = rope_table(layer.spec).to(like.device)
 
     def heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -131,13 +139,11 @@ class DecodingLatentAttention:
         compressed, k_rope = self.kv_a(x).split([latent.kv_lora_rank, latent.rope_dim], 1)
         kv = self.kv_b(rms_norm(compressed, self.kv_norm, eps)).unflatten(1, (n, -1))
         k, v = kv.split([latent.nope_dim, latent.v_dim], -1)
-        q_rope, k_rope = (self._rotated(t, positions) for t in (q_rope, k_rope[:, None]))
-        v = torch.nn.functional.pad(v, (0, self.cache_shape[1] - latent.v_dim))
+        # One key for all heads; the third piece stands where rope_qkv has values.
+        turning = torch.cat([q_rope.flatten(1), k_rope, k_rope], 1)
+        q_rope, k_rope, _ = ops.rope_qkv(turning, positions, self.rope, n, 1)
+        v = F.pad(v, (0, self.cache_shape[1] - latent.v_dim))
         return torch.cat([q, q_rope], -1), torch.cat([k, k_rope.expand(-1, n, -1)], -1), v, None
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        x = x if self.order is None else x[..., self.order]
-        return rotate(x.float(), positions, self.rope).to(x.dtype)
 
     def merge(self, attended: Tensor, gate: None) -> Tensor:
         return self.o_proj(attended[..., : self.latent.v_dim].flatten(1))
@@ -161,7 +167,7 @@ class DecodingMoE:
     """`MoE`. Which experts have work is read on the host; there is no kernel for all of them."""
 
     def __init__(self, moe: MoE, like: Tensor, int8: bool):
-        # The router stays in f32: half a precision less changes which experts are chosen.
+        # The router stays in f32: rounding changes which experts are chosen.
         self.gate = moe.gate
         self.gate_weight = moe.gate.weight.detach().float().to(like.device)
         self.experts = [DecodingMLP(expert, like, int8) for expert in moe.experts]

@@ -138,7 +138,7 @@ def glm4_moe(config: Mapping[str, Any], **changes: Any) -> MTPSpec:
 
 
 def qwen3_next(config: Mapping[str, Any], **changes: Any) -> MTPSpec:
-    """Qwen3-Next (Qwen team 2025); a config without experts gives the dense layer of Qwen3.5.
+    """Qwen3-Next (Qwen team 2025); a config without experts gives a dense layer.
 
     Every norm scales by 1 + w. The layer is the trunk's full-attention one: norms on q and k, a
     quarter of each head rotated, an output gate. Trunk and head pass on their normed states.
