@@ -15,6 +15,7 @@ from mtp_ext.train import cli
 from mtp_ext.train.cli import last_layer, spec_for
 from mtp_ext.train.data import TOP, Documents, Shard, draft_vocabulary
 from mtp_ext.train.generate import Task, annotate, generate, prompt_tasks, repeats, to_shard
+from mtp_ext.train.muon import Muon, orthogonalized
 from mtp_ext.train.prompts import held_out_prompts
 from mtp_ext.train.trainer import (
     Objective,
@@ -263,11 +264,28 @@ def test_training_improves_acceptance() -> None:
     torch.manual_seed(0)
     block = MTPBlock(spec_for(model))
     before = evaluate(block, objective, held_out)
-    config = TrainConfig(epochs=12, lr=5e-3, copied_lr=1.0)
+    config = TrainConfig(epochs=12, lr=5e-3)
     Trainer(block, objective, documents, config).run()
     after = evaluate(block, objective, held_out)
     assert after.conditional[0] > before.conditional[0] + 0.3, f"{before} -> {after}"
     assert after.tokens_per_step[2] > before.tokens_per_step[2], f"{before} -> {after}"
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_evens_out_the_directions_of_an_update(shape: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=g), full_matrices=False)
+    uneven = u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
+    values = torch.linalg.svdvals(orthogonalized(3.0 * uneven))
+    assert 0.6 < values.min() and values.max() < 1.3
+    # The directions themselves stay: u' (u s v) v' is diagonal.
+    inner = u.T @ orthogonalized(uneven) @ v.T
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-3
+
+
+def test_muon_takes_matrices_only() -> None:
+    with pytest.raises(ValueError, match=r"matrices, got a parameter of shape \[3\]"):
+        Muon([torch.nn.Parameter(torch.ones(3))])
 
 
 def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:

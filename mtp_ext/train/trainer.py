@@ -5,8 +5,8 @@ The recipe, in the order of what it buys:
    trunk's next state h[i+1]; the block copies the features of the trunk's last layer, and o_proj
    and down_proj are regressions onto what is still missing. It drafts before the first step.
 2. The loss is the cross entropy to the trunk's own next-token distribution (its likeliest few
-   entries), over the draft vocabulary only. What was copied learns more slowly: its features are
-   of very different sizes, and Adam's even steps would destroy it.
+   entries), over the draft vocabulary only. Matrices are trained by Muon: the features that the
+   closed-form start copies are of very different sizes, and Adam's even steps would destroy them.
 3. Most steps train depth 1. The last ones unroll the head on its own hidden states, as drafting
    does.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mtp_ext.nn import MTPBlock
 from mtp_ext.train.data import Batch, Documents
+from mtp_ext.train.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class TrainConfig:
     unrolled: float = 0.4  # the part of the steps, at the end, that trains all depths
     unrolled_rows: float = 0.25  # the part of the rows whose drafts are unrolled then
     batch_size: int = 8  # documents
-    lr: float = 3e-4
-    copied_lr: float = 0.1  # times lr, for what the block copied from the trunk
+    lr: float = 1e-3  # of the matrices
+    vector_lr: float = 0.3  # times lr, for the norms
     final_lr: float = 0.05  # times lr, at the end of a linear decay
     warmup: int = 5  # steps
     weight_decay: float = 0.01
@@ -244,14 +245,12 @@ class Trainer:
         self.steps_per_epoch = -(-len(documents) // config.batch_size)
         self.total_steps = round(config.epochs * self.steps_per_epoch)
         self.step = 0
-        solved = [block.eh_proj.weight, block.self_attn.o_proj.weight, block.mlp.down_proj.weight]
-        copied = [p for p in block.parameters() if all(p is not q for q in solved)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": solved, "scale": 1.0}, {"params": copied, "scale": config.copied_lr}],
-            lr=config.lr,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-        )
+        matrices = [p for p in block.parameters() if p.ndim == 2]
+        vectors = [p for p in block.parameters() if p.ndim < 2]
+        self.optimizers = {
+            "matrices": Muon(matrices, lr=config.lr, weight_decay=config.weight_decay),
+            "vectors": torch.optim.AdamW(vectors, betas=(0.9, 0.99), weight_decay=0.0),
+        }
 
     def learning_rate(self, step: int) -> float:
         c = self.config
@@ -278,8 +277,9 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> float:
         lr = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        for name, scale in (("matrices", 1.0), ("vectors", self.config.vector_lr)):
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = lr * scale
         depths = self.depths_at(self.step)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         candidates = batch.tokens.shape[1] - depths - 1
@@ -287,10 +287,11 @@ class Trainer:
         rows = torch.randperm(candidates, generator=generator)[:count].sort().values
         weights = self.config.depth_weights[:depths]
         loss = self.objective.loss(self.block, batch, weights, rows)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.block.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.block.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         return loss.item()
 
     def save(self, path: Path) -> None:
@@ -300,7 +301,7 @@ class Trainer:
                 "config": asdict(self.config),
                 "step": self.step,
                 "block": self.block.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
             },
             partial,
         )
@@ -311,5 +312,6 @@ class Trainer:
         if state["config"] != asdict(self.config):
             raise ValueError(f"{path} was written with another configuration: {state['config']}")
         self.block.load_state_dict(state["block"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
         self.step = state["step"]

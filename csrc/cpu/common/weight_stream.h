@@ -8,9 +8,11 @@
 // only decides which dots run side by side, so a row's result depends neither on the number of
 // activation rows nor on the others.
 //
-// The tile is kTileM activation rows by kTileN(m) weight rows: as many accumulators as registers
-// allow, so that each loaded activation serves several weight rows and each widened weight
-// several activation rows. Activations are packed beforehand in the order the tile reads them.
+// The tile is kTileM activation rows by tile_n(m) weight rows, so that each loaded activation
+// serves several weight rows and each widened weight several activation rows. With few activation
+// rows memory is the limit: six dots side by side hide the latency of the sums, and a tile is
+// small enough to stay with the next one in the first-level cache. Activations are packed
+// beforehand in the order the tile reads them.
 #pragma once
 
 #include <algorithm>
@@ -238,6 +240,34 @@ class PackedRows {
 
 // ---- tiles -----------------------------------------------------------------------------------
 
+// Asks for the rows of the tile after this one. A tile reads several short rows side by side, from
+// which no hardware prefetcher guesses what comes next; in the order of memory they are one stream.
+class NextRows {
+ public:
+  template <typename W>
+  NextRows(const W* first, int64_t stride, int64_t k)
+      : line_(reinterpret_cast<const char*>(first)),
+        row_end_(line_ + k * sizeof(W)),
+        gap_((stride - k) * sizeof(W)),
+        row_bytes_(k * sizeof(W)) {}
+
+  [[gnu::always_inline]] void prefetch(int bytes) {
+    for (int done = 0; done < bytes; done += kLineBytes) {
+      __builtin_prefetch(line_);
+      line_ += kLineBytes;
+      if (line_ >= row_end_) {
+        line_ = row_end_ + gap_;
+        row_end_ = line_ + row_bytes_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLineBytes = 64;
+  const char *line_, *row_end_;
+  int64_t gap_, row_bytes_;
+};
+
 // One step of a tile. The operand with fewer rows stays in registers.
 template <typename W, int kM, int kN>
 [[gnu::always_inline]] inline void tile_step(const W* w, int64_t stride, const float* x,
@@ -271,12 +301,10 @@ template <typename W, int kM, int kN>
   for (int n = 0; n < kN; ++n) {
     for (int m = 0; m < kM; ++m) acc[n][m] = reg_zero();
   }
-  // Rows are short and many, so no hardware prefetcher guesses the next ones: ask for them early
-  // enough, but not so early that they are gone again.
-  const W* ahead = w + (stride * sizeof(W) < 2048 ? 2 * kN : kN) * stride;
+  NextRows next(w + kN * stride, stride, k);
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += 2 * kM * kRegLanes) {
-    for (int n = 0; n < kN; ++n) __builtin_prefetch(ahead + n * stride + i);
+    next.prefetch(kN * kStep * sizeof(W));
     tile_step<W, kM, kN>(w + i, stride, x, acc);
   }
   if (i < k) {
@@ -303,7 +331,7 @@ template <typename W, int kM, int kN>
 }
 
 constexpr int tile_n(int m) {
-  for (int n : {8, 6, 4, 3}) {
+  for (int n : {6, 4, 3}) {
     if (n * m <= kAccumulators && kTileWidth % n == 0) return n;
   }
   return 1;
