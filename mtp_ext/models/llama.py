@@ -184,14 +184,14 @@ class Llama:
         """[T, V] in the weights' dtype, from what `forward` returned."""
         return ops.skinny_linear(self.final_norm(hidden), self.lm_head)
 
-    @torch.no_grad()
     def forward_dense(self, token_ids: Tensor) -> Tensor:
         """The same model in plain PyTorch without a cache, for training and as a reference.
 
         token_ids int64 [B, T] -> f32 [B, T, H], the residual stream before the final norm.
+        Gradients flow to weights that require them.
         """
         c, (b, t) = self.config, token_ids.shape
-        cos, sin = self.rope[:t].chunk(2, -1)
+        cos, sin = self.rope[:t].to(token_ids.device).chunk(2, -1)
 
         def norm(x: Tensor, weight: Tensor) -> Tensor:
             return (F.rms_norm(x, (c.hidden_size,), eps=c.rms_eps) * weight.float()).to(self.dtype)

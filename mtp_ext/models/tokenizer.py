@@ -1,5 +1,7 @@
 """Text to token ids and back, chat templates, and text that is streamed token by token."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,8 +79,8 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Messages ({"role", "content"}) through the chat template, ready for an answer."""
+    def encode_chat(self, messages: list[dict[str, str]], for_answer: bool = True) -> list[int]:
+        """Messages ({"role", "content"}) through the chat template, ready for an answer or not."""
         if self.chat_template is None:
             return self.encode("\n\n".join(message["content"] for message in messages))
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -90,9 +92,23 @@ class Tokenizer:
 
         bos = "" if self.bos_id is None else self.inner.id_to_token(self.bos_id)
         text = environment.from_string(self.chat_template).render(
-            messages=messages, add_generation_prompt=True, bos_token=bos, raise_exception=refuse
+            messages=messages,
+            add_generation_prompt=for_answer,
+            bos_token=bos,
+            raise_exception=refuse,
         )
         return self.inner.encode(text, add_special_tokens=False).ids
+
+    def save(self, folder: Path) -> None:
+        """The files of a Hugging Face folder that say how text becomes tokens."""
+        self.inner.save(str(folder / "tokenizer.json"))
+        options: dict = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        options["add_bos_token"] = self.add_bos
+        if self.chat_template is not None:
+            options["chat_template"] = self.chat_template
+        if self.bos_id is not None:
+            options["bos_token"] = self.inner.id_to_token(self.bos_id)
+        (folder / "tokenizer_config.json").write_text(json.dumps(options, indent=2))
 
 
 class TextStream:

@@ -1,211 +1,186 @@
-"""python -m mtp_ext train: generate data, train a head, measure it, write it.
+"""Train a multi-token-prediction head for a model: make the data, train, measure, write the head.
 
-Every stage can be interrupted and taken up again with the same command: finished shards are kept,
-and training continues from the last checkpoint to the bits it would have had.
+Without options it makes the head that ships with SmolLM2-135M-Instruct: the model writes its own
+training text, the head starts from a closed-form solution and learns the model's next-token
+distribution. Every stage can be interrupted and taken up again with the same command: finished
+shards of data are kept, and training continues from the last checkpoint to the bits it would have
+had.
+
+Several processes share the work, each with --batch-size documents per step:
+    torchrun --nproc-per-node 2 -m mtp_ext train ...
 """
 
 import argparse
-import json
 import time
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from mtp_ext.models import Llama, load_model
-from mtp_ext.nn import MTPBlock, MTPSpec, save_head
-from mtp_ext.train.data import Documents, Shard, draft_vocabulary, load_shards
-from mtp_ext.train.generate import (
-    Document,
-    annotate,
-    chat_tasks,
-    generate,
-    prompt_tasks,
-    repeats,
-    to_shard,
-)
-from mtp_ext.train.prompts import held_out_prompts
-from mtp_ext.train.trainer import (
-    Acceptance,
-    Objective,
-    TrainConfig,
-    Trainer,
-    closed_form_start,
-    evaluate,
-)
-
-DOCUMENTS_PER_SHARD = 256
+from mtp_ext.models import load_model
+from mtp_ext.nn import MTPBlock, save_head
+from mtp_ext.train import prepare
+from mtp_ext.train.config import TrainConfig
+from mtp_ext.train.data import Documents, Shard, draft_vocabulary
+from mtp_ext.train.distributed import first_process_first, process_group, rank
+from mtp_ext.train.evaluate import Acceptance, evaluate
+from mtp_ext.train.generate import to_shard
+from mtp_ext.train.objective import Objective, Report
+from mtp_ext.train.plot import plot
+from mtp_ext.train.start import closed_form_start, last_layer, spec_for
+from mtp_ext.train.texts import FORMATS, DataError
+from mtp_ext.train.trainer import Trainer
+from mtp_ext.train.trunk import FrozenTrunk, JointTrunk
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mtp_ext train", description=__doc__)
+    default = TrainConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m mtp_ext train",
+        description=__doc__,
+        epilog=FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", help="a .gguf file or a Hugging Face folder; default: SmolLM2-135M-Instruct")
     add("--out", type=Path, default=Path("mtp_head.safetensors"), help="where the head goes")
+    add("--seed", type=int, default=default.seed)
+    add("--device", default="cpu", help="where training runs; data are made on the CPU")
+
+    add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, default=Path("mtp_train_data"), help="folder of shards, reused")
-    add("--tokens", type=int, default=1_000_000, help="answer tokens to generate")
-    add("--text", type=Path, nargs="*", default=[], help=".txt, or .jsonl with a 'text' field")
-    add("--epochs", type=float, default=TrainConfig.epochs)
     add(
-        "--unrolled",
-        type=float,
-        default=TrainConfig.unrolled,
-        help="part of the steps, at the end, that trains all depths",
+        "--tokens",
+        type=int,
+        default=1_000_000,
+        help="the model writes answers until the folder has so many tokens to learn from; 0: none",
     )
-    add("--batch-size", type=int, default=TrainConfig.batch_size, help="documents per step")
-    add("--lr", type=float, default=TrainConfig.lr)
-    add("--draft-vocab", type=int, default=12288, help="rows of the LM head to draft from")
-    add("--seed", type=int, default=0)
-    add("--eval-every", type=int, default=200, help="steps between checkpoints with evaluation")
-    add("--eval-documents", type=int, default=None, help="held-out documents used on the way")
+    add("--text", type=Path, nargs="*", default=[], help=".txt or .jsonl files, see below")
+    add("--text-length", type=int, default=256, help="texts are cut into documents so long")
     add("--slots", type=int, default=64, help="texts that are generated at once")
     add("--max-answer", type=int, default=224, help="longest training answer, tokens")
     add("--held-out-answer", type=int, default=256, help="longest held-out answer, tokens")
-    return parser.parse_args(argv)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=float, default=default.epochs)
+    add("--batch-size", type=int, default=default.batch_size, help="documents per step and process")
+    add("--lr", type=float, default=default.lr)
+    add("--draft-vocab", type=int, default=12288, help="rows of the LM head to draft from")
+    add(
+        "--depth-starts",
+        type=float,
+        nargs="+",
+        default=default.depth_starts,
+        metavar="F",
+        help="the curriculum: the part of the steps after which each depth joins, from 0 on "
+        "(default: %(default)s)",
+    )
+    add(
+        "--depth-weights",
+        type=float,
+        nargs="+",
+        default=default.depth_weights,
+        metavar="W",
+        help="weight of each depth's loss; a single number D means 1, D, D^2, ... "
+        "(default: %(default)s)",
+    )
+    add(
+        "--labels",
+        choices=["soft", "hard"],
+        help="learn the model's distribution of the next token (soft, the default), or the text's "
+        "own token",
+    )
+    add(
+        "--joint",
+        action="store_true",
+        help="train the model too, with its next-token loss and hard labels; it is written beside "
+        "the head as a Hugging Face folder",
+    )
+    add("--bf16", action="store_true", help="compute in bf16; parameters stay f32")
+    add("--eval-every", type=int, default=200, help="steps between checkpoints with evaluation")
+    add("--eval-documents", type=int, default=None, help="held-out documents used on the way")
+    args = parser.parse_args(argv)
+
+    if args.data.exists() and not args.data.is_dir():
+        parser.error(f"--data {args.data} is a file, not a folder")
+    if len(args.depth_weights) == 1:
+        args.depth_weights = [args.depth_weights[0] ** d for d in range(len(args.depth_starts))]
+    try:
+        args.config = TrainConfig(
+            epochs=args.epochs,
+            depth_starts=tuple(args.depth_starts),
+            depth_weights=tuple(args.depth_weights),
+            labels=args.labels or ("hard" if args.joint else "soft"),
+            joint=args.joint,
+            bf16=args.bf16,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    torch.manual_seed(args.seed)
-    model = load_model(args.model, torch.float32)
-    spec = spec_for(model)
-    start = time.monotonic()
-    held_out = prepare_held_out(model, spec, args)
-    shard = prepare_training(model, spec, args)
-    generated = time.monotonic() - start
-
-    documents = Documents(shard)
-    token_map = draft_vocabulary(shard, model.config.vocab_size, args.draft_vocab)
-    objective = Objective(model.embedding, model.lm_head, token_map, model.norm)
-    block = MTPBlock(spec)
-    config = TrainConfig(
-        epochs=args.epochs,
-        unrolled=args.unrolled,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-    )
-    trainer = Trainer(block, objective, documents, config)
-    checkpoint = args.out.with_suffix(".ckpt")
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-        print(f"resuming {checkpoint} at step {trainer.step} of {trainer.total_steps}")
-    else:
-        closed_form_start(block, objective, documents, last_layer(model))
-        print(f"closed-form start: {evaluate(block, objective, held_out)}")
-    train(trainer, checkpoint, Documents(first(held_out.shard, args.eval_documents)), args)
-
-    loops = looping(held_out.shard)
-    no_loops = evaluate(block, objective, Documents(select(held_out.shard, ~loops)))
-    acceptance = no_loops + evaluate(block, objective, Documents(select(held_out.shard, loops)))
-    print(f"held out: {acceptance}\nwithout texts that loop: {no_loops}")
-    save_head(
-        args.out,
-        block,
-        token_map,
-        trunk=Path(args.model).name if args.model else "SmolLM2-135M-Instruct",
-        training={
-            "answer_tokens": shard.num_answer_tokens(),
-            "documents": len(documents),
-            "steps": trainer.total_steps,
-            "config": config.__dict__,
-        },
-        acceptance=summary(acceptance),
-        acceptance_without_loops=summary(no_loops),
-    )
-    checkpoint.unlink(missing_ok=True)
-    print(
-        f"wrote {args.out}: data {generated:.0f} s, "
-        f"training {time.monotonic() - start - generated:.0f} s"
-    )
+    try:
+        with process_group(args.device) as device:
+            run(args, device)
+    except (DataError, FileNotFoundError) as error:
+        print(f"error: {error}")
+        return 1
     return 0
 
 
-def spec_for(model: Llama) -> MTPSpec:
-    c = model.config
-    return MTPSpec(
-        hidden_size=c.hidden_size,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        rope_theta=c.rope_theta,
-        max_positions=c.max_positions,
-        eps=c.rms_eps,
-    )
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    model = load_model(args.model, torch.float32)
+    spec, begin = spec_for(model), time.monotonic()
+    with first_process_first():
+        held_out = prepare.held_out_shard(model, spec.h_source, args)
+        shard = prepare.training_shard(model, spec.h_source, args)
+    prepared = time.monotonic()
 
+    documents, block = Documents(shard), MTPBlock(spec)
+    token_map = draft_vocabulary(shard, model.config.vocab_size, args.draft_vocab)
+    frozen = FrozenTrunk(model.embedding, model.lm_head, model.norm)
+    checkpoint = args.out.with_suffix(".ckpt")
+    if rank() == 0 and not checkpoint.exists():
+        objective = Objective(block, frozen, token_map)
+        closed_form_start(objective, documents, last_layer(model))
+        print(f"closed-form start: {evaluate(objective, Documents(held_out), args.config.depths)}")
+    trunk = JointTrunk(model) if args.joint else frozen
+    trainer = Trainer(Objective(block, trunk, token_map, args.config).to(device), documents)
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+        if rank() == 0:
+            print(f"resuming {checkpoint} at step {trainer.step} of {trainer.total_steps}")
+    train(trainer, checkpoint, Documents(held_out.first(args.eval_documents)), args.eval_every)
+    if rank() > 0:
+        return
 
-def last_layer(model: Llama) -> dict[str, torch.Tensor]:
-    """The trunk's last layer under the block's parameter names."""
-    c, layer = model.config, model.layers[-1]
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    names = ("q_proj", "k_proj", "v_proj")
-    attention = dict(zip(names, layer.qkv.split([q, kv, kv])))
-    gate, up = layer.gate_up.chunk(2)
-    return {
-        "input_layernorm.weight": layer.attn_norm,
-        **{f"self_attn.{name}.weight": w for name, w in attention.items()},
-        "post_attention_layernorm.weight": layer.mlp_norm,
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
+    if args.joint:
+        folder = args.out.with_name(args.out.stem + "_trunk")
+        trunk.to("cpu").save(folder)
+        print(f"wrote {folder}")
+        held_out = to_shard(
+            list(prepare.held_out_answers(model, spec.h_source, args.held_out_answer))
+        )
+    training = {
+        "answer_tokens": shard.num_answer_tokens(),
+        "documents": len(documents),
+        "steps": trainer.total_steps,
+        "config": asdict(args.config),
     }
+    write(args, trainer, held_out, training)
+    checkpoint.unlink(missing_ok=True)
+    done = time.monotonic()
+    print(f"data {prepared - begin:.0f} s, training {done - prepared:.0f} s")
 
 
-def prepare_held_out(model: Llama, spec: MTPSpec, args: argparse.Namespace) -> Documents:
-    path = args.data / "held_out" / "greedy.pt"
-    if not path.exists():
-        prompts = held_out_prompts()
-        tasks = prompt_tasks(model, prompts)
-        texts = generate(
-            model,
-            tasks,
-            h_source=spec.h_source,
-            slots=len(prompts),
-            max_answer=args.held_out_answer,
-        )
-        write_shard(path, progress(texts, len(prompts), "held-out answers"))
-    return Documents(Shard.load(path))
-
-
-def prepare_training(model: Llama, spec: MTPSpec, args: argparse.Namespace) -> Shard:
-    for path in args.text:
-        target = args.data / f"text_{path.stem}.pt"
-        if not target.exists():
-            texts = list(read_texts(path))
-            documents = annotate(model, texts, h_source=spec.h_source)
-            write_shard(target, progress(documents, None, f"reading {path.name}"))
-    tokens = sum(Shard.load(p).num_answer_tokens() for p in args.data.glob("*.pt"))
-    number = 0
-    while tokens < args.tokens:
-        path = args.data / f"chat_{args.seed}_{number:05d}.pt"
-        number += 1
-        if path.exists():
-            continue
-        # A shard depends on the seed and its number only, so an interrupted run loses at most one.
-        seed = args.seed * 1_000_003 + number
-        texts = generate(
-            model,
-            chat_tasks(model, DOCUMENTS_PER_SHARD, seed),
-            h_source=spec.h_source,
-            slots=args.slots,
-            max_answer=args.max_answer,
-            seed=seed,
-        )
-        label = f"generating, {tokens:,} of {args.tokens:,} tokens"
-        tokens += write_shard(path, progress(texts, DOCUMENTS_PER_SHARD, label))
-    return load_shards(args.data)
-
-
-def write_shard(path: Path, documents: Iterator[Document]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shard = to_shard(list(documents))
-    shard.save(path)
-    return shard.num_answer_tokens()
-
-
-def train(
-    trainer: Trainer, checkpoint: Path, held_out: Documents, args: argparse.Namespace
-) -> None:
+def train(trainer: Trainer, checkpoint: Path, held_out: Documents, eval_every: int) -> None:
+    """To the end of the schedule, with checkpoints, measurements and a progress bar."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -214,49 +189,47 @@ def train(
         TimeRemainingColumn,
     )
 
+    depths = trainer.config.depths
+    accepted = "acceptance" if trainer.config.labels == "soft" else "accuracy"
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeRemainingColumn()) as bar:
+    with Progress(*columns, TimeRemainingColumn(), disable=rank() > 0) as bar:
         task = bar.add_task("training", total=trainer.total_steps, completed=trainer.step)
 
-        def on_step(step: int, loss: float) -> None:
-            depths = trainer.depths_at(step - 1)
-            bar.update(task, completed=step, description=f"loss {loss:.3f}, depths {depths}")
+        def on_step(step: int, report: Report) -> None:
+            text = f"loss {numbers(report.loss)}, {accepted} {numbers(report.accepted)}"
+            bar.update(task, completed=step, description=text)
 
         while trainer.step < trainer.total_steps:
-            trainer.run(trainer.step + args.eval_every, on_step)
-            trainer.save(checkpoint)
-            accepted = evaluate(trainer.block, trainer.objective, held_out)
-            bar.console.print(f"step {trainer.step}: {accepted}")
+            trainer.run(trainer.step + eval_every, on_step)
+            if rank() == 0:
+                measured = evaluate(trainer.objective, held_out, depths)
+                trainer.note(measured)
+                bar.console.print(f"step {trainer.step}: held out: {measured}")
+                trainer.save(checkpoint)
 
 
-def progress(items: Iterator[Document], total: int | None, label: str) -> Iterator[Document]:
-    from rich.progress import track
-
-    return track(items, description=label, total=total)
+def numbers(values: torch.Tensor) -> str:
+    return " ".join(f"{v:.2f}" for v in values.tolist())
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            yield from (json.loads(line)["text"] for line in file if line.strip())
-        else:
-            yield file.read()
-
-
-def first(shard: Shard, count: int | None) -> Shard:
-    return select(shard, torch.arange(len(shard.lens)) < (count or len(shard.lens)))
-
-
-def looping(shard: Shard) -> torch.Tensor:
-    """bool [documents]: those that end by repeating themselves."""
-    tokens = shard.tokens.split(shard.lens.tolist())
-    return torch.tensor([repeats(t.tolist()) for t in tokens])
-
-
-def select(shard: Shard, keep: torch.Tensor) -> Shard:
-    rows = keep.repeat_interleave(shard.lens)
-    per_document = ("lens", "greedy", "looped")
-    return Shard(**{k: v[keep if k in per_document else rows] for k, v in shard.__dict__.items()})
+def write(args: argparse.Namespace, trainer: Trainer, held_out: Shard, training: dict) -> None:
+    """The head, with what it was made of and how good it is in its header, and the plot."""
+    objective, depths = trainer.objective.to("cpu"), trainer.config.depths
+    loops = prepare.looping(held_out)
+    no_loops = evaluate(objective, Documents(held_out.select(~loops)), depths)
+    with_loops = evaluate(objective, Documents(held_out.select(loops)), depths)
+    acceptance = no_loops + with_loops
+    print(f"held out: {acceptance}\nwithout texts that loop: {no_loops}")
+    save_head(
+        args.out,
+        objective.block,
+        objective.token_map,
+        trunk=Path(args.model).name if args.model else "SmolLM2-135M-Instruct",
+        training=training,
+        acceptance=summary(acceptance),
+        acceptance_without_loops=summary(no_loops),
+    )
+    print(f"wrote {args.out}\n{plot(trainer, args.out.with_suffix('.png'))}")
 
 
 def summary(acceptance: Acceptance) -> dict[str, list[float]]:

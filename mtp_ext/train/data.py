@@ -40,6 +40,21 @@ class Shard:
             **{f.name: torch.cat([getattr(s, f.name) for s in shards]) for f in fields(Shard)}
         )
 
+    def select(self, keep: Tensor) -> "Shard":
+        """The documents where keep, bool [documents], is set."""
+        rows = keep.repeat_interleave(self.lens)
+        per_document = ("lens", "greedy", "looped")
+        return Shard(
+            **{
+                f.name: getattr(self, f.name)[keep if f.name in per_document else rows]
+                for f in fields(Shard)
+            }
+        )
+
+    def first(self, count: int | None) -> "Shard":
+        """The first `count` documents; None: all."""
+        return self.select(torch.arange(len(self.lens)) < (count or len(self.lens)))
+
     def num_answer_tokens(self) -> int:
         return int(self.answer.sum())
 
@@ -53,13 +68,48 @@ def load_shards(folder: Path) -> Shard:
 
 @dataclass
 class Batch:
-    """Documents padded at their ends to one length S."""
+    """B documents laid end to end, T rows in all, and their places in a rectangle [B, S].
 
-    tokens: Tensor  # int64 [B, S]
-    answer: Tensor  # bool [B, S], False in padding
-    hidden: Tensor  # f32 [B, S, H]
-    top_ids: Tensor  # int64 [B, S, TOP]
-    top_logits: Tensor  # f32 [B, S, TOP]
+    Projections and losses work on the T rows; only attention needs the rectangle, in which `pad`
+    puts zeros behind each document.
+    """
+
+    tokens: Tensor  # int64 [T]
+    answer: Tensor  # bool [T]
+    hidden: Tensor  # f32 [T, H]
+    top_ids: Tensor  # int64 [T, TOP]
+    top_logits: Tensor  # f32 [T, TOP]
+    cu_seqlens: Tensor  # int32 [B + 1]
+    positions: Tensor  # int64 [T], counted from the beginning of each document
+    slots: Tensor  # int64 [T]: places in the flattened rectangle
+    shape: tuple[int, int]  # B, S
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...]."""
+        b, s = self.shape
+        empty = x.new_zeros((b * s, *x.shape[1:]))
+        return empty.index_copy(0, self.slots, x).unflatten(0, (b, s))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        return x.flatten(0, 1)[self.slots]
+
+    def targets(self, slots: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """For rows at these slots of the rectangle: where the trunk decides what they predict.
+
+        Returns (teacher, valid): teacher int64, the packed row `depth` further on; valid, bool:
+        whether the token after it is an answer's, in the same document.
+        """
+        s = self.shape[1]
+        inside = slots % s + depth + 1 < s
+        predicted = torch.where(inside, slots + depth + 1, 0)
+        valid = inside & self.pad(self.answer).flatten()[predicted]
+        packed = self.pad(torch.arange(len(self.tokens), device=slots.device)).flatten()
+        return torch.where(valid, packed[predicted] - 1, 0), valid
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
 
 class Documents:
@@ -74,20 +124,29 @@ class Documents:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batch(self, indices: list[int]) -> Batch:
+    def batch(self, indices: list[int], length: int = 0) -> Batch:
+        """The rectangle is as long as its longest document, but at least `length`."""
         spans = [slice(self.starts[i], self.ends[i]) for i in indices]
+        lens = self.shard.lens[indices]
+        ends = lens.cumsum(0)
+        document = torch.arange(len(indices)).repeat_interleave(lens)
+        positions = torch.arange(int(ends[-1])) - (ends - lens)[document]
+        shape = (len(indices), max(length, int(lens.max())))
 
-        def padded(x: Tensor, dtype: torch.dtype) -> Tensor:
-            rows = [x[s].to(dtype) for s in spans]
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return torch.cat([x[span] for span in spans]).to(dtype)
 
         s = self.shard
         return Batch(
-            tokens=padded(s.tokens, torch.int64),
-            answer=padded(s.answer, torch.bool),
-            hidden=padded(s.hidden, torch.float32),
-            top_ids=padded(s.top_ids, torch.int64),
-            top_logits=padded(s.top_logits, torch.float32),
+            tokens=packed(s.tokens, torch.int64),
+            answer=packed(s.answer, torch.bool),
+            hidden=packed(s.hidden, torch.float32),
+            top_ids=packed(s.top_ids, torch.int64),
+            top_logits=packed(s.top_logits, torch.float32),
+            cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
+            positions=positions,
+            slots=document * shape[1] + positions,
+            shape=shape,
         )
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:

@@ -33,7 +33,7 @@ class Document:
     """A finished text with what the trunk computed at each of its tokens."""
 
     tokens: list[int]
-    num_prompt: int
+    answer: list[bool]  # [T]: the tokens to learn from
     hidden: Tensor  # bf16 [T, H]
     top_ids: Tensor  # int32 [T, TOP], zero within the prompt but for its last token
     top_logits: Tensor  # f16 [T, TOP]
@@ -42,12 +42,9 @@ class Document:
 
 
 def to_shard(documents: list[Document]) -> Shard:
-    def flags(d: Document) -> Tensor:
-        return torch.arange(len(d.tokens)) >= d.num_prompt
-
     return Shard(
         tokens=torch.cat([torch.tensor(d.tokens, dtype=torch.int32) for d in documents]),
-        answer=torch.cat([flags(d) for d in documents]),
+        answer=torch.cat([torch.tensor(d.answer) for d in documents]),
         hidden=torch.cat([d.hidden for d in documents]),
         top_ids=torch.cat([d.top_ids for d in documents]),
         top_logits=torch.cat([d.top_logits for d in documents]),
@@ -132,7 +129,7 @@ class _Slot:
         n = len(self.tokens)
         return Document(
             self.tokens,
-            self.num_prompt,
+            [i >= self.num_prompt for i in range(n)],
             self.hidden[:n],
             self.top_ids[:n],
             self.top_logits[:n],
@@ -232,21 +229,27 @@ def _probabilities(batch: list[_Slot], top_logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def annotate(
-    model: Llama, texts: Iterable[str], *, h_source: str = "pre_norm", length: int = 256
+    model: Llama,
+    texts: Iterable[tuple[list[int], list[bool]]],
+    *,
+    h_source: str = "pre_norm",
+    length: int = 256,
 ) -> Iterator[Document]:
-    """Texts that others wrote, cut to `length` tokens a document; one prefill each."""
-    for text in texts:
-        ids = model.tokenizer.encode(text)
+    """Texts that others wrote (`read_texts`), cut to `length` tokens a document; one prefill each.
+
+    Pieces of fewer than 8 tokens, or with nothing to learn from, are left out.
+    """
+    for ids, learned in texts:
         for start in range(0, len(ids), length):
-            tokens = ids[start : start + length]
-            if len(tokens) < 8:
+            tokens, answer = ids[start : start + length], learned[start : start + length]
+            if len(tokens) < 8 or not any(answer[2:]):
                 continue
             hidden = model.forward_dense(torch.tensor([tokens]))[0]
             logits = model.logits(hidden).float()
             top = logits.topk(TOP, -1)
             yield Document(
                 tokens,
-                1,
+                answer,
                 source_hidden(model, hidden, h_source).to(torch.bfloat16),
                 top.indices.int(),
                 (top.values - logits.logsumexp(-1, keepdim=True)).half(),
