@@ -491,9 +491,11 @@ def linear_mtp_loss(
     x = hidden . weight[v] + bias[v].
 
     Where a gradient is wanted it is computed with the logits, in the forward call: nothing is
-    computed twice, and no logits outlive a chunk of rows. Extra memory: 32 MiB of logits (at least
-    64 rows of them; on CUDA half as much again for their gradient), and until the backward the
-    gradients in f32: K*T*H, V*H and V elements, as far as hidden, weight and bias require them.
+    computed twice, and no logits outlive a chunk of rows. Extra memory: a chunk's logits, f32, on
+    CPU 32 MiB of them or 64 rows; on CUDA, with their gradient in the dtype of hidden beside them,
+    256 MiB or 128 rows (the environment variable MTP_LOSS_CHUNK_BYTES sets another size: less
+    memory, or more speed); and until the backward the gradients in f32, K*T*H, V*H and V elements,
+    as far as hidden, weight and bias require them.
 
     Args:
         hidden: f32, f16 or bf16 [K, T, H], one slice per depth; the first two strides are free.
@@ -520,6 +522,7 @@ def linear_mtp_loss(
         num_tokens int64 [K]: how many count.
         num_correct int64 [K]: how many of those have their label as argmax, ties lowest id.
 
+    On CUDA, H must be a multiple of 8 and weight's rows must be aligned to 16 bytes.
     Chunked losses with gradients in the forward call: Hsu et al., "Liger Kernel", 2024.
     """
     return _ops.linear_mtp_loss(
@@ -574,8 +577,8 @@ def soft_mtp_loss(
     reduced vocabulary lacks), counts as p = 0 without renormalisation. Then the first term is the
     cross entropy to the pairs up to a constant, and the acceptance is a lower bound.
 
-    Memory and gradients as in `linear_mtp_loss`; with `teacher_hidden` a chunk has half as many
-    rows (at least 64) beside the teacher's.
+    Memory and gradients as in `linear_mtp_loss`; with `teacher_hidden` the teacher's logits share a
+    chunk's memory.
 
     Args:
         hidden, weight, cu_seqlens, depth_weights, bias, weight_grad_accum, softcap: as in

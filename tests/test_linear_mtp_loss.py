@@ -122,10 +122,11 @@ def test_shapes(backend, dtype):
         check(backend, make_case(k, t, h, v, dtype, bias=True), scale=3.0)
 
 
-def test_several_chunks(backend):
-    """More rows than one chunk of logits holds."""
-    case = make_case(2, 40, 8, 131100, torch.bfloat16, bias=True, label_smoothing=0.1)
-    check(backend, case)
+def test_several_chunks(backend, monkeypatch):
+    """More rows than one chunk of logits holds: 64 rows on CPU, 128 on CUDA."""
+    monkeypatch.setenv("MTP_LOSS_CHUNK_BYTES", "1")
+    check(backend, make_case(3, 50, 8, 60, torch.float32, bias=True, label_smoothing=0.1))
+    check(backend, make_case(3, 50, 8, 60, torch.bfloat16))
 
 
 @pytest.mark.parametrize("missing", ["hidden", "weight", "bias"])

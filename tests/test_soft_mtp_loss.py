@@ -121,9 +121,10 @@ def test_shapes(backend, teacher):
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_several_chunks(backend, teacher):
+def test_several_chunks(backend, teacher, monkeypatch):
     """More rows than one chunk of logits holds; a position's depths fall into two chunks."""
-    check(backend, make_case(teacher, 3, 30, 8, 131100, torch.bfloat16, tv_weight=0.5))
+    monkeypatch.setenv("MTP_LOSS_CHUNK_BYTES", "1")
+    check(backend, make_case(teacher, 3, 50, 8, 60, torch.float32, tv_weight=0.5))
 
 
 def test_a_perfect_draft_loses_nothing(backend):
@@ -200,8 +201,9 @@ def test_pairs_outside_the_vocabulary_are_skipped(backend):
     expected, expected_gradients = evaluate(
         backend.ops.soft_mtp_loss, differentiable(on(backend.device, rest), torch.float32)
     )
+    # A pair's place decides when it is added.
     for a, b in zip((*got, *gradients.values()), (*expected, *expected_gradients.values())):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("columns", [0, 1])

@@ -30,9 +30,9 @@ MtpLossResults compute(const at::Tensor& hidden, const at::Tensor& weight, const
   p.ignore_index = ignore_index;
   p.label_smoothing = static_cast<float>(label_smoothing);
   p.z_loss = static_cast<float>(z_loss);
-  const at::Tensor workspace =
-      allocate_workspace(hidden, p, &cpu::linear_mtp_loss_workspace, nullptr);
-  run_on(kOp, hidden, p, &cpu::launch_linear_mtp_loss, nullptr);
+  const at::Tensor workspace = allocate_workspace(hidden, p, &cpu::linear_mtp_loss_workspace,
+                                                  MTP_CUDA_LAUNCHER(linear_mtp_loss_workspace));
+  run_on(kOp, hidden, p, &cpu::launch_linear_mtp_loss, MTP_CUDA_LAUNCHER(launch_linear_mtp_loss));
   return r;
 }
 

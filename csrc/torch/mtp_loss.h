@@ -20,6 +20,7 @@
 
 #include "common.h"
 #include "mtp/mtp_loss.h"
+#include "weights.h"
 
 #define MTP_STRING_OF(x) #x
 #define MTP_STRING(x) MTP_STRING_OF(x)
@@ -109,6 +110,7 @@ inline void check_mtp_loss(const Checker& check, const MtpLossArguments& a) {
   check.tensor("depth_weights", a.depth_weights, {{"K", k}}, {at::kFloat});
   check.tensor("bias", a.bias, {{"V", a.weight.size(0)}}, {a.hidden.scalar_type()});
   check.require(a.first_shift >= 1, "first_shift must be at least 1, got ", a.first_shift);
+  check_cuda_rows(check, "weight", a.weight);
   check.require(a.softcap >= 0.0, "softcap must be 0 (off) or positive, got ", a.softcap);
 }
 

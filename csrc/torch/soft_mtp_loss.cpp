@@ -48,9 +48,9 @@ MtpLossResults compute(const at::Tensor& hidden, const at::Tensor& weight,
   p.ids_dtype = teacher_ids ? to_dtype(teacher_ids->scalar_type()) : DType::kI64;
   p.kl_weight = static_cast<float>(kl_weight);
   p.tv_weight = static_cast<float>(tv_weight);
-  const at::Tensor workspace =
-      allocate_workspace(hidden, p, &cpu::soft_mtp_loss_workspace, nullptr);
-  run_on(kOp, hidden, p, &cpu::launch_soft_mtp_loss, nullptr);
+  const at::Tensor workspace = allocate_workspace(hidden, p, &cpu::soft_mtp_loss_workspace,
+                                                  MTP_CUDA_LAUNCHER(soft_mtp_loss_workspace));
+  run_on(kOp, hidden, p, &cpu::launch_soft_mtp_loss, MTP_CUDA_LAUNCHER(launch_soft_mtp_loss));
   return r;
 }
 

@@ -55,7 +55,8 @@ struct LossWorkspace {
   LossWorkspace(const MtpLossParams& p, bool teacher_logits) {
     // Rows of a power of two would fall into the same cache sets.
     pitch = round_up(p.v, kVector) + kVector;
-    chunk = loss_chunk_rows(p.k * p.t, pitch * 4 * (teacher_logits ? 2 : 1));
+    chunk =
+        loss_chunk_rows(p.k * p.t, pitch * 4 * (teacher_logits ? 2 : 1), kLossChunkBytes, 16, 64);
     block =
         p.dtype == DType::kF32
             ? 0

@@ -9,7 +9,9 @@
 // where the logits are, so nothing is computed twice and no logits outlive their chunk.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "mtp/paged_cache.h"
 #include "mtp/types.h"
@@ -49,17 +51,24 @@ struct MtpLossParams {
   bool wants_gradient() const { return grad_hidden || grad_weight || grad_bias; }
 };
 
-// The chunk's logits and, for a teacher with hidden states, its logits: at most about this much.
+// About how much a chunk's logits take, with their gradient where it is stored beside them and with
+// a teacher's. More is faster: the weights and their gradient are read once per chunk. On CUDA one
+// chunk has to fill the device.
 constexpr int64_t kLossChunkBytes = 32 << 20;
-constexpr int64_t kMinChunkRows = 64;
+constexpr int64_t kCudaLossChunkBytes = 256 << 20;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// Rows of a chunk where each takes `row_bytes`.
-inline int64_t loss_chunk_rows(int64_t rows, int64_t row_bytes) {
-  int64_t n = kLossChunkBytes / row_bytes / 16 * 16;
-  if (n < kMinChunkRows) n = kMinChunkRows;
-  return n < rows ? n : rows;
+// Rows of a chunk of which each takes `row_bytes`: a multiple of `multiple`, at least `least`, and
+// no more than there are. The environment variable MTP_LOSS_CHUNK_BYTES overrides `bytes`.
+inline int64_t loss_chunk_rows(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t multiple,
+                               int64_t least) {
+  if (const char* text = std::getenv("MTP_LOSS_CHUNK_BYTES")) {
+    const int64_t wanted = std::atoll(text);
+    if (wanted > 0) bytes = wanted;
+  }
+  const int64_t n = bytes / row_bytes / multiple * multiple;
+  return std::min(rows, std::max(n, least));
 }
 
 }  // namespace mtp
