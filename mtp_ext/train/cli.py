@@ -1,10 +1,9 @@
 """Train a multi-token-prediction head for a model: make the data, train, measure, write the head.
 
-Without options it makes the head that ships with SmolLM2-135M-Instruct: the model writes its own
-training text, the head starts from a closed-form solution and learns the model's next-token
-distribution. Every stage can be interrupted and taken up again with the same command: finished
-shards of data are kept, and training continues from the last checkpoint to the bits it would have
-had.
+By default the model writes its own training text; the head starts from a closed-form solution and
+learns the model's next-token distribution, first one token ahead, then further on its own drafts.
+Every stage can be interrupted and taken up again with the same command: finished shards of data are
+kept, and training continues from the last checkpoint to the bits it would have had.
 
 Several processes share the work, each with --batch-size documents per step:
     torchrun --nproc-per-node 2 -m mtp_ext train ...
@@ -12,6 +11,7 @@ Several processes share the work, each with --batch-size documents per step:
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="a .gguf file or a Hugging Face folder; default: SmolLM2-135M-Instruct")
     add("--out", type=Path, default=Path("mtp_head.safetensors"), help="where the head goes")
-    add("--seed", type=int, default=default.seed)
+    add("--seed", type=int, default=default.seed, help="of the data and of the training")
     add("--device", default="cpu", help="where training runs; data are made on the CPU")
 
     add = parser.add_argument_group("data").add_argument
@@ -62,18 +62,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--held-out-answer", type=int, default=256, help="longest held-out answer, tokens")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=float, default=default.epochs)
+    add("--epochs", type=float, default=default.epochs, help="(default: %(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="documents per step and process")
-    add("--lr", type=float, default=default.lr)
-    add("--draft-vocab", type=int, default=12288, help="rows of the LM head to draft from")
+    add(
+        "--lr", type=float, default=default.lr, help="of the head's matrices (default: %(default)s)"
+    )
+    add("--draft-vocab", type=int, default=12288, help="LM head rows to draft from")
     add(
         "--depth-starts",
         type=float,
         nargs="+",
         default=default.depth_starts,
         metavar="F",
-        help="the curriculum: the part of the steps after which each depth joins, from 0 on "
-        "(default: %(default)s)",
+        help="the curriculum, a number per depth: the part of the steps after which it joins "
+        f"(default: {spaced(default.depth_starts)})",
     )
     add(
         "--depth-weights",
@@ -82,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=default.depth_weights,
         metavar="W",
         help="weight of each depth's loss; a single number D means 1, D, D^2, ... "
-        "(default: %(default)s)",
+        f"(default: {spaced(default.depth_weights)})",
     )
     add(
         "--labels",
@@ -120,6 +122,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def spaced(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def main(argv: list[str]) -> int:

@@ -66,6 +66,8 @@ class Objective(nn.Module):
             joint=trunk.joint, labels="hard" if trunk.joint else "soft"
         )
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
+        if config.bf16:  # the residual stream stays f32, as in decoding
+            block.eh_proj.register_forward_hook(lambda module, inputs, output: output.float())
         inverse = torch.full((len(trunk.lm_head),), -1)
         inverse[token_map.long()] = torch.arange(len(token_map))
         self.register_buffer("token_map", token_map.long(), persistent=False)

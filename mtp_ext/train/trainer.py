@@ -84,10 +84,10 @@ class Trainer:
         self.depth_weights[:depths] = torch.tensor(c.weights_at(done))
         length = int(self.documents.shard.lens[indices].max())
         rows = self._unrolled_rows(length, depths).to(self.objective.device)
-        # A batch that does not divide among the processes is filled from its beginning.
-        mine = (indices + indices * world_size())[rank() :: world_size()]
-        mine = mine[: -(-len(indices) // world_size())]
-        batch = self.documents.batch(mine, length).to(self.objective.device)
+        mine = indices[rank() :: world_size()]
+        batch = self.documents.batch(mine or indices[:1], length).to(self.objective.device)
+        if not mine:  # this process takes part, but has nothing to say
+            batch.answer.zero_()
 
         loss, report = self.model(batch, rows, self.depth_weights[:depths])
         for optimizer in self.optimizers.values():
