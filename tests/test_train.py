@@ -183,6 +183,13 @@ def test_a_user_turn_ends_with_the_suffix() -> None:
     assert 0 < answer - 5 <= 6 or document.tokens[2:5] == [7, 8, 9]
 
 
+def test_texts_end_where_the_trunk_s_positions_do() -> None:
+    model = tiny_llama()
+    tasks = [Task([5] * 100), Task([5] * 128), Task([5] * 60, user_turn=True, suffix=[7] * 9)]
+    documents = list(generate(model, tasks, slots=2, max_answer=60, max_user=60, seed=3))
+    assert [len(d.tokens) for d in documents] == [model.config.max_positions]
+
+
 def test_annotated_text_matches_the_trunk() -> None:
     model = tiny_llama()
 

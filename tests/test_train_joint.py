@@ -76,6 +76,23 @@ def test_joint_training_improves_trunk_and_head() -> None:
     assert evaluate(objective, documents).conditional[0] > before.conditional[0] + 0.2
 
 
+def test_joint_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    documents = Documents(random_shard([20, 24, 17, 30]))
+    config = TrainConfig(joint=True, labels="hard", epochs=3, batch_size=2)
+    whole, first = (Trainer(objective_for(tiny_llama(), config), documents) for _ in range(2))
+    whole.run()
+    first.run(until=4)
+    first.save(tmp_path / "head.ckpt")
+    second = Trainer(objective_for(tiny_llama(), config, seed=1), documents)
+    second.load(tmp_path / "head.ckpt")
+    second.run()
+    for name, p in whole.objective.state_dict().items():
+        assert torch.equal(p, second.objective.state_dict()[name]), name
+    assert torch.equal(
+        whole.objective.trunk.model.layers[0].qkv, second.objective.trunk.model.layers[0].qkv
+    )
+
+
 def test_a_trained_trunk_is_saved_as_a_hugging_face_folder(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")

@@ -203,6 +203,8 @@ def train(trainer: Trainer, checkpoint: Path, held_out: Documents, eval_every: i
 
         def on_step(step: int, report: Report) -> None:
             text = f"loss {numbers(report.loss)}, {accepted} {numbers(report.accepted)}"
+            if trainer.held_out:
+                text += f", held out {numbers(trainer.held_out[-1][1])}"
             bar.update(task, completed=step, description=text)
 
         while trainer.step < trainer.total_steps:
@@ -214,8 +216,8 @@ def train(trainer: Trainer, checkpoint: Path, held_out: Documents, eval_every: i
                 trainer.save(checkpoint)
 
 
-def numbers(values: torch.Tensor) -> str:
-    return " ".join(f"{v:.2f}" for v in values.tolist())
+def numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{float(v):.2f}" for v in values)
 
 
 def write(args: argparse.Namespace, trainer: Trainer, held_out: Shard, training: dict) -> None:

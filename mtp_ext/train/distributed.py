@@ -12,18 +12,23 @@ import torch.distributed as dist
 PATIENCE = timedelta(days=7)
 
 
+def active() -> bool:
+    """Whether there are several processes; a PyTorch without torch.distributed has one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if active() else 1
 
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did, and yields this one's device."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if "RANK" not in os.environ or active():
         yield torch.device(device)
         return
     mine = torch.device(device)
@@ -43,5 +48,5 @@ def first_process_first() -> Iterator[None]:
     if rank() > 0:
         dist.barrier()
     yield
-    if rank() == 0 and dist.is_initialized():
+    if rank() == 0 and active():
         dist.barrier()

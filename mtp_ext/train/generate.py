@@ -123,7 +123,8 @@ class _Slot:
             return False
         if self.task.stop_loops and answered % 8 == 0 and repeats(self.tokens[self.num_prompt :]):
             self.looped = True
-        return self.tokens[-1] in eos_ids or answered >= max_answer or self.looped
+        full = answered >= max_answer or len(self.tokens) == len(self.hidden)
+        return self.tokens[-1] in eos_ids or full or self.looped
 
     def document(self) -> Document:
         n = len(self.tokens)
@@ -168,10 +169,11 @@ def generate(
 ) -> Iterator[Document]:
     """Runs the tasks, `slots` of them at a time, and yields each as it ends.
 
-    A task whose prompt is longer than max_prompt is left out.
+    A text ends where the model's positions do. A task whose prompt is longer than max_prompt, or
+    leaves no room for an answer, is left out.
     """
     c = model.config
-    capacity = max_prompt + max_user + max_answer
+    capacity = min(max_prompt + max_user + max_answer, c.max_positions)
     shape = (slots, capacity, c.num_kv_heads, c.head_dim)  # one page per slot
     cache = _Pages(
         [torch.zeros(shape, dtype=model.dtype) for _ in range(c.num_layers)],
@@ -183,7 +185,8 @@ def generate(
     free = list(range(slots))
     while True:
         while free and (task := next(queue, None)) is not None:
-            if len(task.prompt) <= max_prompt:
+            user = max_user + len(task.suffix) if task.user_turn else 0
+            if len(task.prompt) <= max_prompt and len(task.prompt) + user < capacity:
                 running[free.pop()] = _Slot(task, capacity, c.hidden_size)
         if not running:
             return

@@ -25,6 +25,7 @@ from mtp_ext import ops
 from mtp_ext.nn import MTPBlock
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.data import Batch
+from mtp_ext.train.distributed import active, world_size
 from mtp_ext.train.trunk import FrozenTrunk, JointTrunk
 
 
@@ -216,11 +217,11 @@ def shares(counts: Tensor) -> Tensor:
     DistributedDataParallel averages over processes with equal weights; with these factors the
     average is that over all rows of all processes.
     """
-    if not dist.is_initialized():
+    if not active():
         return torch.ones_like(counts, dtype=torch.float32)
     total = counts.clone()
     dist.all_reduce(total)
-    return counts * dist.get_world_size() / total.clamp(min=1).float()
+    return counts * world_size() / total.clamp(min=1).float()
 
 
 class HeadWeight:

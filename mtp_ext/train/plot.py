@@ -19,7 +19,7 @@ def plot(trainer: Trainer, path: Path) -> str:
     soft = trainer.config.labels == "soft"
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, accepted = figure.subplots(1, 2)
-    loss.set(xlabel="step", ylabel="KL to the trunk" if soft else "cross entropy")
+    loss.set(xlabel="step", ylabel="KL to the trunk's top tokens" if soft else "cross entropy")
     accepted.set(xlabel="step", ylabel="acceptance" if soft else "accuracy", ylim=(0, 1))
     for depth in range(trainer.config.depths):
         for axes, values in zip((loss, accepted), trainer.history[:, :, depth].T):

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mtp_ext.train.data import Documents
-from mtp_ext.train.distributed import rank, world_size
+from mtp_ext.train.distributed import active, rank, world_size
 from mtp_ext.train.evaluate import Acceptance
 from mtp_ext.train.muon import Muon
 from mtp_ext.train.objective import Objective, Report
@@ -45,7 +44,9 @@ class Trainer:
         self.history = torch.full((self.total_steps, 2, config.depths), torch.nan)
         self.held_out: list[tuple[int, list[float]]] = []  # step, acceptance per depth
         self.depth_weights = torch.zeros(config.depths, device=objective.device)
-        self.model = DistributedDataParallel(objective) if dist.is_initialized() else objective
+        self.model = objective
+        if active():  # buffers hold the frozen trunk: the same everywhere
+            self.model = DistributedDataParallel(objective, broadcast_buffers=False)
         block, trunk = objective.block.parameters(), list(objective.trunk.parameters())
         matrices, vectors = [], []
         for p in block:
