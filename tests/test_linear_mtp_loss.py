@@ -303,6 +303,22 @@ def test_repeats_are_equal(backend):
         assert torch.equal(a, b)
 
 
+def test_memory_traffic(backend, simulator):
+    """Per chunk the weight is loaded twice, only hiddens of rows that count are, and only once;
+    nothing has bank conflicts."""
+    k, t, h, v = 2, 40, 64, 256
+    case = make_case(k, t, h, v, torch.bfloat16, cu_seqlens=offsets(3, 9, 40))
+    with simulator.record() as launches:
+        got, _ = evaluate(backend.ops.linear_mtp_loss, differentiable(case, torch.bfloat16))
+
+    def loaded(name):
+        return sum(launch.loaded_bytes(name) for launch in launches)
+
+    assert loaded("weight") == 2 * case["weight"].nbytes
+    assert loaded("hidden") == got[2].sum() * h * 2 < case["hidden"].nbytes
+    assert sum(launch.bank_conflicts for launch in launches) == 0
+
+
 def test_threads_change_only_rounding():
     case = differentiable(make_case(3, 100, 32, 500, torch.float32), torch.float32)
     results = []
