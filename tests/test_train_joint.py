@@ -42,7 +42,8 @@ def test_joint_gradients_are_those_of_one_graph(tied: bool) -> None:
     shard = random_shard([9, 12, 5])
     shard.answer[:4] = False
     rows, weights = torch.tensor([0, 4, 6]), torch.tensor([0.3, 0.2, 0.1])
-    loss, _ = objective(Documents(shard).batch([0, 1, 2]), rows, weights)
+    loss, report = objective(Documents(shard).batch([0, 1, 2]), rows, weights)
+    torch.testing.assert_close((report.loss * weights).sum() + report.next_token, loss)
     expected = reference_loss(objective, shard, (0.3, 0.2, 0.1), rows.tolist())
     torch.testing.assert_close(loss, expected)
     assert_same_gradients(objective, loss, expected)

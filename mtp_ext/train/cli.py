@@ -10,6 +10,7 @@ Several processes share the work, each with --batch-size documents per step:
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -98,6 +99,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="train the model too, with its next-token loss and hard labels; it is written beside "
         "the head as a Hugging Face folder",
     )
+    add(
+        "--trunk-lr",
+        type=float,
+        default=default.trunk_lr,
+        help="with --joint: the model's learning rate, times --lr (default: %(default)s)",
+    )
+    add(
+        "--mtp-weight",
+        type=float,
+        nargs=2,
+        default=default.mtp_weight,
+        metavar=("FIRST", "LAST"),
+        help="with --joint: weight of the head's loss at the first step and at the last "
+        f"(default: {spaced(default.mtp_weight)})",
+    )
     add("--bf16", action="store_true", help="compute in bf16; parameters stay f32")
     add("--eval-every", type=int, default=200, help="steps between checkpoints with evaluation")
     add("--eval-documents", type=int, default=None, help="held-out documents used on the way")
@@ -114,6 +130,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             depth_weights=tuple(args.depth_weights),
             labels=args.labels or ("hard" if args.joint else "soft"),
             joint=args.joint,
+            mtp_weight=tuple(args.mtp_weight),
+            trunk_lr=args.trunk_lr,
             bf16=args.bf16,
             batch_size=args.batch_size,
             lr=args.lr,
@@ -134,7 +152,7 @@ def main(argv: list[str]) -> int:
         with process_group(args.device) as device:
             run(args, device)
     except (DataError, FileNotFoundError) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -203,6 +221,8 @@ def train(trainer: Trainer, checkpoint: Path, held_out: Documents, eval_every: i
 
         def on_step(step: int, report: Report) -> None:
             text = f"loss {numbers(report.loss)}, {accepted} {numbers(report.accepted)}"
+            if report.next_token is not None:
+                text += f", trunk {float(report.next_token):.2f}"
             if trainer.held_out:
                 text += f", held out {numbers(trainer.held_out[-1][1])}"
             bar.update(task, completed=step, description=text)

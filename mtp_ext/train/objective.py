@@ -45,6 +45,7 @@ class Report:
 
     loss: Tensor  # f32 [depths]
     accepted: Tensor  # f32 [depths]: estimated acceptance (soft), or argmax accuracy (hard)
+    next_token: Tensor | None  # f32 []: a joint trunk's own loss
 
 
 class Objective(nn.Module):
@@ -92,29 +93,18 @@ class Objective(nn.Module):
             valid.append(batch.answer & (batch.positions > 0))
         share = shares(torch.stack([v.sum() for v in valid]))
 
-        losses = DetachedLosses()
+        losses, results, trunk_loss = DetachedLosses(), [], None
         head = HeadWeight(self.head_weight(), self.dtype)
-        pairs = zip(drafts, valid)
-        results = [
-            losses.add(self.depth_loss(batch, d, v), d.normed.to(self.dtype), head, w)
-            for (d, v), w in zip(pairs, (weights * share[: len(weights)]).split(1))
-        ]
+        for d, v, weight in zip(drafts, valid, (weights * share[: len(weights)]).split(1)):
+            loss = self.depth_loss(batch, d, v)
+            results.append(losses.add(loss, d.normed.to(self.dtype), head, weight))
         if self.trunk.joint:
-            normed = F.rms_norm(hidden, hidden.shape[-1:], self.trunk.norm, self.block.spec.eps)
-            next_token = partial(
-                ops.linear_mtp_loss,
-                labels=batch.tokens,
-                cu_seqlens=batch.cu_seqlens,
-                loss_mask=batch.answer,
-                first_shift=1,
-            )
+            normed = self.trunk_normed(hidden).to(self.dtype)
             full = HeadWeight(self.trunk.lm_head, self.dtype)
-            losses.add(next_token, normed.to(self.dtype), full, share[-1:])
-        loss, counts, extras = zip(*results)
-        accepted = torch.cat(extras)
-        if self.config.labels == "hard":
-            accepted = accepted / torch.cat(counts).clamp(min=1)
-        return losses.total(), Report(torch.cat(loss), accepted)
+            [trunk_loss], *_ = losses.add(self.next_token_loss(batch), normed, full, share[-1:])
+        loss, counts, extras = (torch.cat(values) for values in zip(*results))
+        accepted = extras if self.config.labels == "soft" else extras / counts.clamp(min=1)
+        return losses.total(), Report(loss, accepted, trunk_loss)
 
     def unroll(
         self, batch: Batch, hidden: Tensor, depths: int, rows: Tensor | None = None
@@ -149,7 +139,7 @@ class Objective(nn.Module):
         """
         block = self.block
         if self.trunk.joint and block.spec.h_source == "post_norm":
-            hidden = F.rms_norm(hidden, hidden.shape[-1:], self.trunk.norm, block.spec.eps)
+            hidden = self.trunk_normed(hidden)
         embedded = self.trunk.embedding[batch.tokens.roll(-1)]
         x = block.project(embedded, hidden, batch.positions)
         q, k, v, gate = block.heads(x, batch.positions)
@@ -164,6 +154,10 @@ class Objective(nn.Module):
 
     def _drafts(self, batch: Batch, y: Tensor, slots: Tensor, depth: int) -> Drafts:
         return Drafts(self.block.normed(y, self.trunk.norm), slots, *batch.targets(slots, depth))
+
+    def trunk_normed(self, hidden: Tensor) -> Tensor:
+        """The trunk's final norm."""
+        return F.rms_norm(hidden, hidden.shape[-1:], self.trunk.norm, self.block.spec.eps)
 
     def head_weight(self) -> Tensor:
         """The rows of the LM head that are drafted from, [Vd, H]."""
@@ -190,6 +184,16 @@ class Objective(nn.Module):
         labels = F.pad(labels, (1, 0), value=-100)
         return lambda hidden, weight, **options: ops.linear_mtp_loss(
             F.pad(hidden, (0, 0, 0, 1)), weight, labels, first_shift=1, **options
+        )
+
+    def next_token_loss(self, batch: Batch) -> Callable[..., Any]:
+        """A joint trunk's own."""
+        return partial(
+            ops.linear_mtp_loss,
+            labels=batch.tokens,
+            cu_seqlens=batch.cu_seqlens,
+            loss_mask=batch.answer,
+            first_shift=1,
         )
 
     @torch.no_grad()
