@@ -94,7 +94,8 @@ inline void reduce4(Reg a, Reg b, Reg c, Reg d, float out[4]) {
 
 // A step is two registers of weights. half<h>(p) widens one of them; pack<h>(x) picks the
 // activations of the same elements. The order within a step is the cheapest to widen: for bf16 a
-// shift yields the even elements and a mask the odd ones, the others stay in memory order.
+// shift yields the even elements, and a mask or two shifts the odd ones; the others stay in memory
+// order.
 constexpr int kStep = 2 * kRegLanes;
 
 template <typename W>
@@ -156,10 +157,10 @@ struct Widen<BF16> {
         h == 0 ? _mm512_slli_epi32(pairs, 16)
                : _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 #else
+    // Two shifts rather than a mask: the largest tile leaves no register for a constant.
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm256_castsi256_ps(
-        h == 0 ? _mm256_slli_epi32(pairs, 16)
-               : _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    const __m256i low = h == 0 ? pairs : _mm256_srli_epi32(pairs, 16);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
 #endif
   }
 };
