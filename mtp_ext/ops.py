@@ -373,8 +373,10 @@ def eh_proj(
     """The entrance of an MTP head: gather, two RMSNorms, concatenation and projection.
 
     concat(norm_e(embedding[token_ids]), norm_h(hidden)) @ weight.T + bias, as DeepSeek-V3 (arXiv
-    2412.19437, section 2.2) and its relatives use it. Weights are read once for up to 64 rows; a
-    row's result does not depend on T or on the other rows.
+    2412.19437, section 2.2) and its relatives use it. Weights are read once for up to 64 rows, and
+    there a row's result does not depend on T or on the other rows. More rows go through a tiled
+    product on CUDA: a row's result still does not depend on the other rows, but T may change its
+    last bits.
 
     Args:
         token_ids: int32 or int64 [T]. An id outside [0, V) takes a zero embedding.
@@ -425,8 +427,10 @@ def head_topk(
     """LM head with top-k and log-sum-exp in one pass; full logits are never stored.
 
     A logit is cap * tanh(x / cap) of x = norm(hidden) . weight[v] * weight_scale[v] + bias[v].
-    Weights are read once for up to 64 rows; a row's result does not depend on M or on the other
-    rows. Heads that share an unembedding stack their hiddens in M.
+    Weights are read once for up to 64 rows, and there a row's result does not depend on M or on the
+    other rows. More rows go through a tiled product on CUDA: the same holds among all M > 64, whose
+    last bits may differ from those of fewer rows. Heads that share an unembedding stack their
+    hiddens in M.
 
     Args:
         hidden: f32, f16 or bf16 [M, H]; rows may be strided.

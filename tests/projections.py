@@ -42,6 +42,36 @@ def assert_as_good_as(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tenso
     assert error(got, exact) <= allowed, f"error {error(got, exact)} > {allowed}"
 
 
+# Rows and dtypes whose traffic is counted on the simulator; 256 weight rows of 256.
+COUNTED = [
+    (1, torch.bfloat16, torch.bfloat16),
+    (9, torch.bfloat16, torch.int8),
+    (40, torch.float16, torch.float16),
+    (3, torch.float32, torch.float8_e4m3fn),
+    (64, torch.float32, torch.int8),
+    (3, torch.float32, torch.float32),
+]
+
+
+def total_bytes(launches: list) -> int:
+    """Everything that all launches loaded, stored and updated, repeats included."""
+    return sum(
+        b.loaded_bytes + b.stored_bytes + b.atomic_bytes
+        for launch in launches
+        for b in launch.buffers.values()
+    )
+
+
+def assert_streams_once(launches: list, weight: torch.Tensor) -> None:
+    """The first launch loads every weight byte once, in whole sectors, and no other loads any;
+    shared memory has no bank conflicts."""
+    stream, *others = launches
+    assert stream.loaded_bytes("weight") == stream.unique_bytes("weight") == weight.nbytes
+    assert stream.sector_efficiency("weight") == 1.0
+    assert not any(launch.loaded_bytes("weight") for launch in others)
+    assert sum(launch.bank_conflicts for launch in launches) == 0
+
+
 @contextlib.contextmanager
 def threads(count: int):
     before = torch.get_num_threads()

@@ -2,7 +2,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from projections import FLOATS, assert_as_good_as, make_weight, normal, padded, threads
+from projections import (
+    FLOATS,
+    assert_as_good_as,
+    assert_streams_once,
+    make_weight,
+    normal,
+    padded,
+    threads,
+    total_bytes,
+)
 
 from mtp_ext import ops
 from mtp_ext.reference.eh_proj import eh_proj
@@ -76,7 +85,7 @@ def check(backend, arguments, keywords):
 
 SHAPES = {
     "cpu": [(1, 8, 3, 5), (5, 13, 11, 50), (9, 40, 30, 97), (66, 24, 10, 61)],
-    "ptxsim": [(1, 8, 3, 5), (5, 40, 11, 50), (9, 72, 30, 130), (66, 16, 10, 20)],
+    "ptxsim": [(1, 8, 3, 5), (5, 40, 11, 50), (9, 584, 30, 130), (64, 24, 9, 30), (65, 16, 10, 20)],
 }
 SHAPES["cuda"] = SHAPES["ptxsim"] + [(16, 2048, 1000, 2048)]
 
@@ -122,8 +131,8 @@ def test_huge_ids_are_harmless(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_are_independent(backend, dtype):
-    arguments, keywords = make_case(70, 24, 30, 60, dtype)
-    full = run(backend, arguments, keywords)
+    """Up to 64 rows a row's bits are the same for every T; beyond, T decides the parts of k."""
+    arguments, keywords = make_case(140, 24, 30, 60, dtype)
 
     def part(rows):
         ids, hidden, *rest = arguments
@@ -131,27 +140,76 @@ def test_rows_are_independent(backend, dtype):
         picked = [ids[rows].contiguous(), hidden[rows].contiguous(), *rest]
         return run(backend, picked, some)
 
-    for m in range(1, 70) if backend.name != "ptxsim" else [1, 9, 33]:
-        assert torch.equal(part(slice(0, m)), full[:m])
-    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(part(order), full[order])
+    for most, counts in [
+        (64, range(1, 64) if backend.name != "ptxsim" else [1, 9, 33]),
+        (140, [139]),
+    ]:
+        full = part(slice(0, most))
+        for m in counts:
+            assert torch.equal(part(slice(0, m)), full[:m])
+        order = torch.randperm(most, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(part(order), full[order])
 
 
-def test_memory_traffic(backend):
-    """Every weight byte is loaded once, in whole sectors; of the embedding only rows in use."""
-    if backend.name != "ptxsim":
-        pytest.skip("only the simulator counts")
-    from ptxsim import runtime
+@pytest.mark.parametrize("t,dtype", [(130, torch.float32), (200, torch.bfloat16)])
+def test_many_rows(backend, dtype, t):
+    """Several row tiles; k in parts; NaN behind every row."""
+    arguments, keywords = make_case(t, 520, 30, 50, dtype)
+    check(backend, arguments, keywords)
+    expected = run(backend, arguments, keywords)
+    ids, *rest = arguments
+    arguments = [ids.to(backend.device), *[padded(x.to(backend.device)) for x in rest]]
+    got = backend.ops.eh_proj(*arguments, **on(backend.device, [], keywords)[1])
+    assert torch.equal(got.cpu(), expected)
 
-    arguments, keywords = make_case(5, 64, 100, 256, torch.bfloat16)
-    with runtime.record() as launches:
+
+def test_f16_beyond_its_range_before_the_norm(backend):
+    """A normalised row is of unit size, whatever the row and the norm's weight were."""
+    arguments, keywords = make_case(3, 40, 11, 50, torch.float16, positions=None)
+    arguments[0] = torch.tensor([1, 2, 3])
+    arguments[1] = (normal(3, 40, seed=2) * 1e4).to(torch.float16)
+    arguments[2] = (normal(11, 40, seed=3) * 1e-6).to(torch.float16)
+    keywords["hnorm_weight"] = torch.full((40,), 20.0).to(torch.float16)
+    keywords["enorm_weight"] = torch.full((40,), 0.37).to(torch.float16)
+    keywords["eps"] = 1e-14
+    check(backend, arguments, keywords)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_memory_traffic(backend, simulator, dtype):
+    """One launch; of the embedding only rows in use are loaded."""
+    arguments, keywords = make_case(5, 64, 100, 256, dtype)
+    with simulator.record() as launches:
         run(backend, arguments, keywords)
-    pack, stream = launches[:2]
-    weight = arguments[3]
-    assert stream.loaded_bytes("weight") == stream.unique_bytes("weight") == weight.nbytes
-    assert stream.sector_efficiency("weight") == 1.0
-    assert sum(launch.bank_conflicts for launch in launches) == 0
-    assert pack.unique_bytes("embedding") == 2 * 64 * 2  # the other ids are unknown or zeroed
+    (stream,) = launches
+    assert_streams_once(launches, arguments[3])
+    # The other ids are unknown or zeroed.
+    assert stream.unique_bytes("embedding") == 2 * 64 * dtype.itemsize
+
+
+def test_total_traffic(backend, simulator):
+    """One row: what is read again for every 128 weight rows, and parts of k, are within 3%."""
+    h, n = 1024, 7168  # DeepSeek-V3 has this n and seven times this h
+    arguments, keywords = make_case(1, h, 10, n, torch.bfloat16)
+    with simulator.record() as launches:
+        run(backend, arguments, keywords)
+    floor = arguments[3].nbytes + 2 * 2 * h * 2 + 2 * n * 2  # weights, rows, norms, bias, result
+    assert total_bytes(launches) <= 1.03 * floor
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_parts_are_added_in_order(backend, simulator, seed):
+    arguments, keywords = make_case(5, 264, 11, 20, torch.bfloat16)
+    expected = run(backend, arguments, keywords)
+    with simulator.record(seed=seed) as launches:
+        assert torch.equal(run(backend, arguments, keywords), expected)
+    assert launches[0].grid[1] >= 2
+
+
+def test_unaligned_width_is_refused(backend, simulator):
+    arguments, keywords = make_case(2, 12, 5, 6, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="H must be a multiple of 8 on cuda, got 12"):
+        run(backend, arguments, keywords)
 
 
 def test_strided_rows_and_poison(backend):

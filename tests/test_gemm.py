@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(G::kThreads, G::kCtasPerSm)
 }
 
 template <typename A, Order kA, typename B, Order kB>
-int launch(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, int64_t a_stride,
-           int64_t b_stride) {
+int launch(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k,
+           int64_t a_stride, int64_t b_stride) {
   using G = Gemm<A, kA, B, kB>;
   const auto f = kernel<G, A, B>;
   cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSmemBytes);
@@ -89,7 +89,7 @@ def library():
 
 
 def stored(x, outer, fill):
-    """x [rows, k] as the kernel wants it: 16-byte rows with `fill` behind them, k innermost or not."""
+    """x [rows, k] as the kernel wants it, k innermost or not: 16-byte rows, `fill` behind them."""
     x = x.T if outer else x
     per = 16 // x.element_size()
     wide = torch.full((x.shape[0], -(-x.shape[1] // per) * per + per), fill).to(x.dtype)

@@ -1,9 +1,13 @@
 // eh_proj: concat(norm_e(embedding[ids]), norm_h(hidden)) @ weight^T + bias.
 //
-// skinny_linear behind another prologue: pack_rows_kernel gathers, normalises and concatenates
-// each row into the workspace (a few KB per row, which stay in L2), and the weights, by far the
-// most bytes, stream past it once for up to 64 rows. The prologue is a launch of its own: done
-// inside the stream kernel, every CTA would have to read all rows whole to know their norms.
+// Bytes that must move: the weights, once for up to 64 rows; the rows themselves are a few KB each.
+// One launch: skinny_linear with two segments of k. The rows are gathered from the embedding and
+// from hidden as their chunks are needed, times the norm's weight. A norm's factor is only known
+// once a whole row has been seen, and since k is split at least between the two halves, no CTA
+// sees it: each adds up the squares of its part, and the last CTA to arrive at a tile turns them
+// into the factors of the two halves. Nothing is read twice for it and no CTA waits.
+//
+// More than 64 rows: the tiled product (large_m.cuh), over rows packed beforehand.
 #include "mtp/eh_proj.h"
 
 #include "cuda/common/stream_linear.cuh"
@@ -14,50 +18,41 @@ namespace {
 // The finer of two activation dtypes.
 DType finer(DType a, DType b) { return a == b ? a : DType::kF32; }
 
-StreamPlan plan_of(const EhProjParams& p) {
-  return make_plan(p.n, 2 * p.h, p.weight_dtype, finer(p.dtype, p.embedding_dtype), true);
-}
-
-}  // namespace
-
-int64_t eh_proj_workspace(const EhProjParams& p) { return linear_workspace(plan_of(p), p.t); }
-
-void launch_eh_proj(const EhProjParams& p, void* stream) {
-  Segment e = {};
-  e.data = p.embedding;
-  e.norm_weight = p.enorm_weight;
+LinearParams linear_of(const EhProjParams& p) {
+  Segment e = make_segment(p.embedding, p.embedding_stride, p.h, p.embedding_dtype, p.enorm_weight,
+                           p.dtype);
   e.ids = p.token_ids;
   e.positions = p.positions;
-  e.stride = p.embedding_stride;
-  e.length = p.h;
   e.limit = p.v;
-  e.dtype = p.embedding_dtype;
-  e.norm_dtype = p.dtype;
   e.id_dtype = p.id_dtype;
   e.position_dtype = p.position_dtype;
-  Segment h = {};
-  h.data = p.hidden;
-  h.norm_weight = p.hnorm_weight;
-  h.stride = p.hidden_stride;
-  h.length = p.h;
-  h.dtype = p.dtype;
-  h.norm_dtype = p.dtype;
+  const Segment h = make_segment(p.hidden, p.hidden_stride, p.h, p.dtype, p.hnorm_weight, p.dtype);
 
   LinearParams linear = {};
-  linear.pack.segments[0] = p.hidden_first ? h : e;
-  linear.pack.segments[1] = p.hidden_first ? e : h;
-  linear.pack.segment_count = 2;
-  linear.pack.eps = p.eps;
-  linear.pack.norm_offset = p.gemma_norm ? 1.0f : 0.0f;
-  linear.plan = plan_of(p);
+  linear.segments[0] = p.hidden_first ? h : e;
+  linear.segments[1] = p.hidden_first ? e : h;
+  linear.dtype = p.dtype;
+  linear.x_dtype = finer(p.dtype, p.embedding_dtype);
+  linear.plan = make_plan(p.n, p.h, 2, p.weight_dtype, linear.x_dtype,
+                          p.enorm_weight || p.hnorm_weight, true);
   linear.weight = p.weight;
   linear.bias = p.bias;
   linear.out = p.out;
   linear.workspace = p.workspace;
   linear.rows = p.t;
   linear.weight_stride = p.weight_stride;
-  linear.dtype = p.dtype;
-  launch_linear(linear, "eh_proj", static_cast<cudaStream_t>(stream));
+  linear.eps = p.eps;
+  linear.norm_offset = p.gemma_norm ? 1.0f : 0.0f;
+  linear.tiled = true;
+  return linear;
+}
+
+}  // namespace
+
+int64_t eh_proj_workspace(const EhProjParams& p) { return linear_workspace(linear_of(p)); }
+
+void launch_eh_proj(const EhProjParams& p, void* stream) {
+  launch_linear(linear_of(p), "eh_proj", static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace mtp::cuda

@@ -34,6 +34,7 @@ at::Tensor eh_proj(const at::Tensor& token_ids, const at::Tensor& hidden,
   check.tensor("bias", bias, {{"Ho", n}}, {hidden.scalar_type()});
   check.tensor("positions", positions, {{"T", t}}, {at::kInt, at::kLong});
   check_cuda_rows(check, "weight", weight);
+  check.require(!runs_on_cuda(hidden) || h % 8 == 0, "H must be a multiple of 8 on cuda, got ", h);
 
   at::Tensor out = at::empty({t, n}, hidden.options());
   if (out.numel() == 0) return out;

@@ -15,10 +15,10 @@
 // neither copies nor fragment loads have bank conflicts. A sum runs over ascending k whatever the
 // sizes, so a row's bits depend neither on m nor on the other rows.
 //
-// Shared memory: 64 KB for 16-bit operands (4 stages), 72 KB with one f32 operand and 96 KB with
-// two (3 stages): one CTA fits every sm_8x and sm_12x device, two of the first fit sm_80 and sm_90.
-// Registers behind a plain epilogue, no spills on sm_80 and sm_90a: at most 128 for 16-bit and
-// one-byte operands, 178 with f32. wgmma would be faster on sm_90a; one core for all comes first.
+// Shared memory: 68 KB for 16-bit operands (4 stages, or a finished tile), 72 KB with one f32
+// operand and 96 KB with two (3 stages): one CTA fits every sm_8x and sm_12x device, two of the
+// first fit sm_80 and sm_90. Registers, no spills on sm_80 and sm_90a: at most 128 for 16-bit and
+// one-byte operands, 207 with f32. wgmma would be faster on sm_90a; one core for all comes first.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ struct Matrix {
 template <typename A, Order kOrderA, typename B, Order kOrderB>
 struct Gemm {
   static constexpr int kThreads = 256, kTile = 128, kDepth = 32;
-  static constexpr int kTilePitch = kTile + 4;  // floats between rows of a tile in shared memory
+  static constexpr int kTilePitch = kTile + 8;  // floats between rows of a tile in shared memory
   static constexpr bool kWide = sizeof(A) == 4 || sizeof(B) == 4;
   static constexpr int kStages = kWide ? 3 : 4;
   static constexpr int kBytesA = kTile * kDepth * sizeof(A);

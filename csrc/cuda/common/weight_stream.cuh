@@ -8,22 +8,21 @@
 // product the order of k is free as long as both operands agree on it, so a thread owns the 16-byte
 // pieces it copies: lane t of a quad holds k = t * kPiece .. of every group of four pieces. Weights
 // therefore go from memory to their stage and on into registers without ever crossing threads, the
-// same way for 1, 2 and 4-byte dtypes, and are widened in registers. A stage also takes the
-// matching activations, swizzled so that fragments are read without bank conflicts. The pipeline
+// same way for 1, 2 and 4-byte dtypes, and are widened in registers (operand.cuh). The pipeline
 // runs on across tiles, so a persistent CTA never drains it.
 //
-// Activations are packed by pack_rows_kernel beforehand: gathered, normalised in f32, then rounded
-// to the operand type C, or split exactly into two (f16) or three (f32) bf16 summands; likewise
-// f16 and f32 weights meeting bf16 operands. Products of summands whose size is below f32's
-// rounding are left out. tf32 would keep only 11 of 24 bits.
+// Activations come straight from the tensors, gathered by token id where asked, one chunk of k
+// ahead in registers; they are multiplied by the norm's weight, rounded to the operand type C or
+// split exactly into two (f16) or three (f32) bf16 summands, and written once per CTA to shared
+// memory, swizzled so that fragments are read without bank conflicts. The factor of a RMSNorm is
+// the same for a whole row, so it waits for the end: the CTA adds up the squares of what passes by
+// and the epilogue scales the sums. Chunks stay in shared memory for all tiles of the CTA where
+// they fit (`resident`), else they are read again, from L2, for every tile.
 //
 // Each sum runs over ascending stages, pieces and summands in f32, whatever the number of rows, so
 // a row's bits do not depend on it. With few tiles, k is split over the grid at places that depend
-// on N and K only; a second kernel adds the parts in order.
+// on N and K only (split_sum.cuh adds the parts in order).
 //
-// Shared memory, bf16: 72, 80, 97 and 105 KB at 8, 16, 32 and 64 rows, of which 64 KB (three stages
-// at 64 rows: 48 KB) are weights under way. Registers on sm_90a, no spills: at most 116, 120, 128
-// and 210 behind a linear layer, 82, 87, 126 and 189 behind head_topk; f32 weights need most.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +32,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/common/activations.cuh"
 #include "cuda/common/async_copy.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mma.cuh"
@@ -49,110 +49,21 @@ constexpr int kTilePitch = kStreamTile + 4;           // floats between rows of 
 constexpr int kStageWeightBytes = kStreamTile * 128;  // per stage
 constexpr int kMaxStreamRows = 64;                    // activation rows per pass over the weights
 constexpr int stream_stages(int blocks) { return blocks > 4 ? 3 : 4; }
-
-// ---- run-time element types ------------------------------------------------------------------
-
-__device__ __forceinline__ float load_as(DType dtype, const void* p, int64_t i) {
-  switch (dtype) {
-    case DType::kF16:
-      return to_float(static_cast<const __half*>(p)[i]);
-    case DType::kBF16:
-      return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-    default:
-      return static_cast<const float*>(p)[i];
-  }
+// CTAs that share a processor, as far as registers go: chunks of one-byte weights are long, and so
+// are the activations under way with them.
+constexpr int stream_occupancy(int blocks, int weight_bytes) {
+  return blocks > 4 || (blocks == 4 && weight_bytes == 1) ? 1 : 2;
 }
 
-__device__ __forceinline__ void store_as(DType dtype, void* p, int64_t i, float x) {
-  switch (dtype) {
-    case DType::kF16:
-      static_cast<__half*>(p)[i] = from_float<__half>(x);
-      break;
-    case DType::kBF16:
-      static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(x);
-      break;
-    default:
-      static_cast<float*>(p)[i] = x;
-  }
-}
-
-// ---- activations -----------------------------------------------------------------------------
-
-// A stretch of an activation row: row m of `data`, or, with `ids`, row ids[m], which counts as
-// zero where it is outside [0, limit) or positions[m] is 0. Normalised if there is a norm_weight.
-struct Segment {
-  const void* data;
-  const void* norm_weight;  // norm_dtype, or null
-  const void* ids;          // or null
-  const void* positions;    // or null
-  int64_t stride, length, limit;
-  DType dtype, norm_dtype, id_dtype, position_dtype;
+// What an epilogue is told about a finished tile: sums[row * pitch + column].
+struct FinishedTile {
+  const float* sums;
+  int pitch;
+  const float* squares;  // [rows], of the k summed over, or null without a norm
+  int tile;              // columns from 128 * tile
+  int split, ticket;     // which part of k; a number of its own for every tile
+  int first_row, rows;
 };
-
-struct PackParams {
-  Segment segments[2];
-  void* out;  // [pieces][rows][out_stride]
-  int64_t out_stride;
-  int segment_count, rows, pieces;
-  float eps, norm_offset;
-};
-
-__device__ __forceinline__ int64_t load_index(DType dtype, const void* p, int64_t i) {
-  return dtype == DType::kI32 ? static_cast<const int32_t*>(p)[i]
-                              : static_cast<const int64_t*>(p)[i];
-}
-
-// One CTA per row.
-template <typename C>
-__global__ void __launch_bounds__(kStreamThreads) pack_rows_kernel(const PackParams p) {
-  __shared__ float scratch[2][kStreamThreads / kWarp];
-  const int m = blockIdx.x;
-  C* out = static_cast<C*>(p.out) + m * p.out_stride;
-  const int64_t piece_stride = p.rows * p.out_stride;
-  int64_t base = 0;
-  for (int s = 0; s < p.segment_count; ++s) {
-    const Segment& segment = p.segments[s];
-    int64_t row = m;
-    bool known = true;
-    if (segment.ids) {
-      row = load_index(segment.id_dtype, segment.ids, m);
-      known = row >= 0 && row < segment.limit;
-      if (segment.positions && load_index(segment.position_dtype, segment.positions, m) == 0) {
-        known = false;
-      }
-    }
-    const int64_t first = known ? row * segment.stride : 0;
-    float scale = 1.0f;
-    if (segment.norm_weight) {
-      float squares = 0.0f;
-      for (int64_t k = threadIdx.x; known && k < segment.length; k += kStreamThreads) {
-        const float x = load_as(segment.dtype, segment.data, first + k);
-        squares = fmaf(x, x, squares);
-      }
-      squares = block_sum<kStreamThreads>(squares, scratch[s]);
-      scale = 1.0f / sqrtf(squares / static_cast<float>(segment.length) + p.eps);
-    }
-    for (int64_t k = threadIdx.x; k < segment.length; k += kStreamThreads) {
-      float x = known ? load_as(segment.dtype, segment.data, first + k) : 0.0f;
-      if (segment.norm_weight) {
-        x *= scale * (load_as(segment.norm_dtype, segment.norm_weight, k) + p.norm_offset);
-      }
-      for (int piece = 0; piece < p.pieces; ++piece) {
-        const C part = from_float<C>(x);
-        out[piece * piece_stride + base + k] = part;
-        x = remainder_of(x, to_float(part));
-      }
-    }
-    base += segment.length;
-  }
-  for (int64_t k = base + threadIdx.x; k < p.out_stride; k += kStreamThreads) {
-    for (int piece = 0; piece < p.pieces; ++piece) {
-      out[piece * piece_stride + k] = from_float<C>(0.0f);
-    }
-  }
-}
-
-// ---- weights ---------------------------------------------------------------------------------
 
 template <typename W>
 struct Layout {
@@ -170,28 +81,40 @@ struct Layout {
 // ---- the kernel ------------------------------------------------------------------------------
 
 struct StreamParams {
-  const void* weight;  // [n, k], rows weight_stride apart
-  const void* x;       // [pieces][m][x_stride], packed
-  int64_t n, k, weight_stride, x_stride;
+  Segment segments[2];
+  const void* weight;  // [n, segments * length], rows weight_stride apart
+  int64_t n, weight_stride;
+  float norm_offset;
   int m, pieces;
-  int chunks, chunks_per_split;
+  int chunks, chunks_per_split, splits;  // of one segment
+  int x_buffers;
+  bool resident;
   bool narrow;  // rows are aligned to 8 bytes only
 };
 
 template <typename W, typename C, int kBlocks, typename Epilogue>
-__global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
+__global__ void __launch_bounds__(kStreamThreads, stream_occupancy(kBlocks, sizeof(W)))
     weight_stream_kernel(const StreamParams p, const typename Epilogue::Params e) {
   using L = Layout<W>;
   constexpr int kStages = stream_stages(kBlocks), kRows = 8 * kBlocks;
+  constexpr int kXPieces = kRows * L::kColumns;  // of 8 elements, in a chunk
+  constexpr int kXPerThread = (kXPieces + kStreamThreads - 1) / kStreamThreads;
   extern __shared__ __align__(128) unsigned char smem[];
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int quad = lane / 4, t = lane % 4;
-  const int x_stage_bytes = p.pieces * kRows * L::kColumns * 16;
-  unsigned char* const x_stages = smem + kStages * kStageWeightBytes;
-  float* const tile_smem = reinterpret_cast<float*>(x_stages + kStages * x_stage_bytes);
+  const int x_bytes = p.pieces * kXPieces * 16;
+  unsigned char* const x_chunks = smem + kStages * kStageWeightBytes;
+  float* const tile_smem = reinterpret_cast<float*>(x_chunks + p.x_buffers * x_bytes);
+  // Offset of a row's first element; negative: the row is zero.
+  int64_t* const row_start = reinterpret_cast<int64_t*>(tile_smem + kRows * kTilePitch);
+  float* const row_squares = reinterpret_cast<float*>(row_start + kRows);
 
   const int tiles = static_cast<int>((p.n + kStreamTile - 1) / kStreamTile);
-  const int chunk_begin = blockIdx.y * p.chunks_per_split;
+  const bool second = static_cast<int>(blockIdx.y) >= p.splits;
+  Segment segment = p.segments[0];
+  if (second) segment = p.segments[1];
+  const int length = static_cast<int>(segment.length);
+  const int chunk_begin = (blockIdx.y - (second ? p.splits : 0)) * p.chunks_per_split;
   const int chunk_end = min(p.chunks, chunk_begin + p.chunks_per_split);
 
   const uint64_t policy = evict_first_policy();
@@ -199,34 +122,25 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
   const auto load = [&](int slot) {
     if (load_tile < tiles) {
       const uint32_t to = shared_address(smem) + slot * kStageWeightBytes + thread * 16;
+      const W* const weight = static_cast<const W*>(p.weight) + (second ? length : 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int64_t row =
             static_cast<int64_t>(load_tile) * kStreamTile + warp * 16 + r * 8 + quad;
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
-          const int64_t k = static_cast<int64_t>(load_chunk) * L::kChunk + (u * 4 + t) * L::kPiece;
-          const bool valid = row < p.n && k < p.k;
-          const W* from = static_cast<const W*>(p.weight) + (valid ? row * p.weight_stride + k : 0);
+          const int k = load_chunk * L::kChunk + (u * 4 + t) * L::kPiece;
+          const bool valid = row < p.n && k < length;
+          const W* from = valid ? weight + row * p.weight_stride + k : weight;
           const uint32_t at = to + (r * 2 + u) * kStreamThreads * 16;
           if (sizeof(W) == 1 && p.narrow) {
-            const bool second = valid && k + 8 < p.k;
+            const bool whole = valid && k + 8 < length;
             copy8(at, from, valid);
-            copy8(at + 8, second ? from + 8 : from, second);
+            copy8(at + 8, whole ? from + 8 : from, whole);
           } else {
             copy16(at, from, valid, policy);
           }
         }
-      }
-      const uint32_t x_to = shared_address(x_stages) + slot * x_stage_bytes;
-      const C* x = static_cast<const C*>(p.x) + static_cast<int64_t>(load_chunk) * L::kChunk;
-      for (int i = thread; i < p.pieces * kRows * L::kColumns; i += kStreamThreads) {
-        const int column = i % L::kColumns, row = i / L::kColumns;
-        const int m = row % kRows, piece = row / kRows;
-        const bool valid = m < p.m;
-        const int64_t from = (static_cast<int64_t>(piece) * p.m + m) * p.x_stride + column * 8;
-        copy16(x_to + (row * L::kColumns + (column ^ L::swizzle(m))) * 16, x + (valid ? from : 0),
-               valid);
       }
       if (++load_chunk == chunk_end) {
         load_chunk = chunk_begin;
@@ -236,10 +150,65 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
     commit_copies();
   };
 
+  // The next chunk of activations: in registers, then widened, in shared memory.
+  RawPiece raw[kXPerThread];
+  float squares[kXPerThread] = {};
+  int x_tile = blockIdx.x, x_chunk = chunk_begin;
+  int fetched = 0;  // the chunk in registers, or -1
+  bool first_time = true;
+  const auto fetch = [&] {
+    first_time = x_tile == static_cast<int>(blockIdx.x);
+    fetched = x_tile < tiles && (first_time || !p.resident) ? x_chunk : -1;
+    if (fetched >= 0) {
+#pragma unroll
+      for (int i = 0; i < kXPerThread; ++i) {
+        const int piece = i * kStreamThreads + thread;
+        const int k = fetched * L::kChunk + piece % L::kColumns * 8;
+        const int64_t start = piece < kXPieces ? row_start[piece / L::kColumns] : -1;
+        raw[i] = start >= 0 && k < length ? load_raw(segment, start + k) : RawPiece{};
+      }
+    }
+    if (++x_chunk == chunk_end) {
+      x_chunk = chunk_begin;
+      x_tile += gridDim.x;
+    }
+  };
+  const auto convert = [&](int slot) {
+#pragma unroll
+    for (int i = 0; i < kXPerThread; ++i) {
+      const int piece = i * kStreamThreads + thread;
+      const int m = piece / L::kColumns, column = piece % L::kColumns;
+      if (piece >= kXPieces) break;
+      float x[8];
+      widen_raw(segment.dtype, raw[i], x);
+      const int k = fetched * L::kChunk + column * 8;
+      if (segment.norm_weight && k < length && row_start[m] >= 0) {
+        if (first_time) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) squares[i] = fmaf(x[j], x[j], squares[i]);
+        }
+        scale_by_norm_weight(segment, k, p.norm_offset, x);
+      }
+      unsigned char* to =
+          x_chunks + slot * x_bytes + (m * L::kColumns + (column ^ L::swizzle(m))) * 16;
+      for (int part = 0; part < p.pieces; ++part) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          packed[j] = pack2<C>(x[2 * j], x[2 * j + 1]);
+          const float2 rounded = unpack2<C>(packed[j]);
+          x[2 * j] = remainder_of(x[2 * j], rounded.x);
+          x[2 * j + 1] = remainder_of(x[2 * j + 1], rounded.y);
+        }
+        *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        to += kXPieces * 16;
+      }
+    }
+  };
+
   float acc[kBlocks][4] = {};
-  const auto multiply = [&](int slot) {
+  const auto multiply = [&](int slot, const unsigned char* x) {
     const unsigned char* w = smem + slot * kStageWeightBytes + thread * 16;
-    const unsigned char* x = x_stages + slot * x_stage_bytes;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       uint32_t piece[2][4];
@@ -293,7 +262,7 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
           for (int s = 0; s < L::kSteps; ++s) {
 #pragma unroll
             for (int i = 0; i < kSummands; ++i) {
-              if (i + part < 3) mma<C>(acc[block], a[s][i], b[2 * s], b[2 * s + 1]);
+              if (summands_meet(i, part)) mma<C>(acc[block], a[s][i], b[2 * s], b[2 * s + 1]);
             }
           }
         }
@@ -301,17 +270,32 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
     }
   };
 
-  Epilogue epilogue(e, p, tile_smem + kRows * kTilePitch);
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) load(s);
-  int slot = 0, free_slot = kStages - 1, chunk = chunk_begin;
+  for (int m = thread; m < kRows; m += kStreamThreads) {
+    row_start[m] = m < p.m ? start_of_row(segment, m) : -1;
+  }
+  Epilogue epilogue(e, row_squares + kRows, blockIdx.x, 0, p.m);
+  __syncthreads();
+  fetch();
+  convert(0);
+  fetch();
+
+  const int x_slots = p.resident ? chunk_end - chunk_begin : p.x_buffers;
+  int slot = 0, free_slot = kStages - 1, x_slot = 0, chunk = chunk_begin;
   for (int tile = blockIdx.x; tile < tiles;) {
     wait_copies<kStages - 2>();
     __syncthreads();
     load(free_slot);
     free_slot = free_slot + 1 == kStages ? 0 : free_slot + 1;
-    multiply(slot);
+    multiply(slot, x_chunks + x_slot * x_bytes);
     slot = slot + 1 == kStages ? 0 : slot + 1;
+    x_slot = x_slot + 1 == x_slots ? 0 : x_slot + 1;
+    if (fetched >= 0) {
+      if (x_slots == 1) __syncthreads();
+      convert(x_slot);
+      fetch();
+    }
     if (++chunk < chunk_end) continue;
 
     chunk = chunk_begin;
@@ -324,8 +308,21 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
         acc[block][i] = 0.0f;
       }
     }
+    if (segment.norm_weight && tile == static_cast<int>(blockIdx.x)) {
+#pragma unroll
+      for (int i = 0; i < kXPerThread; ++i) {
+        const int piece = i * kStreamThreads + thread;
+        float sum = squares[i];
+#pragma unroll
+        for (int offset = L::kColumns / 2; offset > 0; offset /= 2) {
+          sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        }
+        if (piece < kXPieces && piece % L::kColumns == 0) row_squares[piece / L::kColumns] = sum;
+      }
+    }
     __syncthreads();
-    epilogue.take(tile, tile_smem);
+    epilogue.take({tile_smem, kTilePitch, segment.norm_weight ? row_squares : nullptr, tile,
+                   static_cast<int>(blockIdx.y), tile, 0, p.m});
     tile += gridDim.x;
   }
   wait_copies<0>();
@@ -336,33 +333,33 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks > 4 ? 1 : 2)
 
 // How one product of up to 64 rows is laid out; depends on shapes and dtypes only.
 struct StreamPlan {
-  int64_t n, k;
+  int64_t n, length;  // length of a segment
   DType weight_dtype;
   bool f16_operands;
-  int pieces;
-  int chunks, splits, chunks_per_split;
-  int64_t x_stride;
+  int segments, pieces;
+  int chunks, splits, chunks_per_split;  // of one segment
 
   int tiles() const { return static_cast<int>(ceil_div<int64_t>(n, kStreamTile)); }
-  int64_t packed_bytes(int64_t rows) const { return align(pieces * rows * x_stride * 2); }
-  static int64_t align(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
+  int parts() const { return segments * splits; }
 };
 
-// x_dtype is the finest dtype among the activations' sources.
-inline StreamPlan make_plan(int64_t n, int64_t k, DType weight_dtype, DType x_dtype, bool split) {
+// x_dtype is the finest dtype among the activations' sources. Values that wait for their norm may
+// be out of f16's range.
+inline StreamPlan make_plan(int64_t n, int64_t length, int segments, DType weight_dtype,
+                            DType x_dtype, bool normed, bool split) {
   StreamPlan plan;
   plan.n = n;
-  plan.k = k;
+  plan.length = length;
+  plan.segments = segments;
   plan.weight_dtype = weight_dtype;
-  plan.f16_operands = weight_dtype == DType::kF16 && x_dtype == DType::kF16;
+  plan.f16_operands = weight_dtype == DType::kF16 && x_dtype == DType::kF16 && !normed;
   plan.pieces = x_dtype == DType::kBF16 || plan.f16_operands ? 1 : x_dtype == DType::kF16 ? 2 : 3;
   const int chunk = 128 / dtype_bytes(weight_dtype);
-  // At least one stage, which a k of 0 fills with zeros.
-  plan.chunks = static_cast<int>(std::max<int64_t>(1, ceil_div<int64_t>(k, chunk)));
-  plan.x_stride = static_cast<int64_t>(plan.chunks) * chunk;
+  // At least one stage, which a length of 0 fills with zeros.
+  plan.chunks = static_cast<int>(std::max<int64_t>(1, ceil_div<int64_t>(length, chunk)));
   // Enough CTAs for the largest parts with two per processor, but no split below four stages.
   constexpr int kWanted = 264;
-  const int wanted = split ? std::max(1, kWanted / plan.tiles()) : 1;
+  const int wanted = split ? std::max(1, kWanted / (segments * plan.tiles())) : 1;
   plan.chunks_per_split = std::max(ceil_div(plan.chunks, wanted), std::min(plan.chunks, 4));
   plan.splits = ceil_div(plan.chunks, plan.chunks_per_split);
   return plan;
@@ -375,19 +372,55 @@ inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
   return value;
 }
 
-inline int64_t stream_smem(const StreamPlan& plan, int blocks, int64_t epilogue_bytes) {
-  const int64_t rows = 8 * blocks, chunk = 128 / dtype_bytes(plan.weight_dtype);
-  return stream_stages(blocks) * (kStageWeightBytes + plan.pieces * rows * chunk * 2) +
-         rows * kTilePitch * 4 + epilogue_bytes;
+inline int64_t align_256(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
+
+// What a launch of so many rows takes of a device.
+struct StreamShape {
+  int blocks, x_buffers, ctas_per_processor;
+  int64_t smem;
+  bool resident;
+
+  int rows() const { return 8 * blocks; }
+};
+
+// The shape for the next of `rows` rows: up to 64, or as many as shared memory holds.
+inline StreamShape make_shape(const StreamPlan& plan, int64_t rows, int64_t epilogue_bytes,
+                              int64_t epilogue_bytes_per_row, const char* op) {
+  const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, op);
+  const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, op);
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount, op);
+  StreamShape shape;
+  shape.blocks = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+  for (;; shape.blocks /= 2) {
+    const int64_t x_bytes = plan.pieces * shape.rows() * 2 * (128 / dtype_bytes(plan.weight_dtype));
+    const int64_t fixed = stream_stages(shape.blocks) * kStageWeightBytes + epilogue_bytes +
+                          shape.rows() * (kTilePitch * 4 + 12 + epilogue_bytes_per_row);
+    const auto use = [&](int buffers) {
+      constexpr int64_t kReserved = 1024;  // of every CTA, by the driver
+      shape.x_buffers = buffers;
+      shape.smem = fixed + buffers * x_bytes;
+      const int64_t fitting = all / (shape.smem + kReserved);
+      shape.ctas_per_processor =
+          fitting >= 2 ? stream_occupancy(shape.blocks, dtype_bytes(plan.weight_dtype)) : 1;
+      return shape.smem <= limit;
+    };
+    shape.resident = false;
+    const bool fits = use(2) || use(1);
+    if (!fits && shape.blocks > 1) continue;
+    const int64_t at_once = static_cast<int64_t>(shape.ctas_per_processor) * processors;
+    if (static_cast<int64_t>(plan.tiles()) * plan.parts() > at_once) {
+      const StreamShape streamed = shape;
+      shape.resident = use(plan.chunks_per_split);
+      if (!shape.resident) shape = streamed;
+    }
+    return shape;
+  }
 }
 
-// The rows of the next pass over the weights: as many as shared memory holds, up to 64.
-inline int rows_per_pass(const StreamPlan& plan, int64_t epilogue_bytes_per_row, const char* op) {
-  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, op);
-  for (const int blocks : {8, 4, 2}) {
-    if (stream_smem(plan, blocks, 8 * blocks * epilogue_bytes_per_row) <= limit) return 8 * blocks;
-  }
-  return 8;
+// Persistent CTAs per part of k.
+inline int stream_ctas(const StreamPlan& plan, const StreamShape& shape, const char* op) {
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount, op);
+  return std::min(plan.tiles(), std::max(1, shape.ctas_per_processor * processors / plan.parts()));
 }
 
 template <typename W, typename C, int kBlocks, typename Epilogue>
@@ -401,55 +434,35 @@ void launch_blocks(const StreamParams& p, const typename Epilogue::Params& e, di
   check_launch(op);
 }
 
-template <typename W, typename C, typename Epilogue>
-void launch_typed(const StreamPlan& plan, const StreamParams& p, const typename Epilogue::Params& e,
-                  int64_t epilogue_bytes_per_row, int grid_x, cudaStream_t stream, const char* op) {
-  const int blocks = p.m <= 8 ? 1 : p.m <= 16 ? 2 : p.m <= 32 ? 4 : 8;
-  const int64_t smem = stream_smem(plan, blocks, 8 * blocks * epilogue_bytes_per_row);
-  const dim3 grid(grid_x, plan.splits);
-  if (blocks == 1) {
-    launch_blocks<W, C, 1, Epilogue>(p, e, grid, smem, stream, op);
-  } else if (blocks == 2) {
-    launch_blocks<W, C, 2, Epilogue>(p, e, grid, smem, stream, op);
-  } else if (blocks == 4) {
-    launch_blocks<W, C, 4, Epilogue>(p, e, grid, smem, stream, op);
-  } else {
-    launch_blocks<W, C, 8, Epilogue>(p, e, grid, smem, stream, op);
-  }
-}
-
-// Packs the rows, then streams the weights past them with grid_x CTAs per split.
+// Streams the weights past p.m <= shape.rows() rows with grid_x CTAs per part of k. Of p, what the
+// plan and the shape say is filled in here.
 template <typename Epilogue>
-void stream_weights(const StreamPlan& plan, PackParams pack, void* packed, const void* weight,
-                    int64_t weight_stride, const typename Epilogue::Params& e,
-                    int64_t epilogue_bytes_per_row, int grid_x, cudaStream_t stream,
+void stream_weights(const StreamPlan& plan, const StreamShape& shape, StreamParams p,
+                    const typename Epilogue::Params& e, int grid_x, cudaStream_t stream,
                     const char* op) {
-  pack.out = packed;
-  pack.out_stride = plan.x_stride;
-  pack.pieces = plan.pieces;
-  if (plan.f16_operands) {
-    pack_rows_kernel<__half><<<pack.rows, kStreamThreads, 0, stream>>>(pack);
-  } else {
-    pack_rows_kernel<__nv_bfloat16><<<pack.rows, kStreamThreads, 0, stream>>>(pack);
-  }
-  check_launch(op);
-
-  StreamParams p;
-  p.weight = weight;
-  p.x = packed;
   p.n = plan.n;
-  p.k = plan.k;
-  p.weight_stride = weight_stride;
-  p.x_stride = plan.x_stride;
-  p.m = pack.rows;
   p.pieces = plan.pieces;
   p.chunks = plan.chunks;
   p.chunks_per_split = plan.chunks_per_split;
-  p.narrow = !aligned_16(weight) || weight_stride * dtype_bytes(plan.weight_dtype) % 16 != 0 ||
-             plan.k * dtype_bytes(plan.weight_dtype) % 16 != 0;
+  p.splits = plan.splits;
+  p.x_buffers = shape.x_buffers;
+  p.resident = shape.resident;
+  p.narrow = !aligned_16(p.weight) || p.weight_stride * dtype_bytes(plan.weight_dtype) % 16 != 0 ||
+             plan.length * dtype_bytes(plan.weight_dtype) % 16 != 0;
+  const dim3 grid(grid_x, plan.parts());
   const auto run = [&](auto w, auto c) {
-    launch_typed<decltype(w), decltype(c), Epilogue>(plan, p, e, epilogue_bytes_per_row, grid_x,
-                                                     stream, op);
+    using W = decltype(w);
+    using C = decltype(c);
+    switch (shape.blocks) {
+      case 1:
+        return launch_blocks<W, C, 1, Epilogue>(p, e, grid, shape.smem, stream, op);
+      case 2:
+        return launch_blocks<W, C, 2, Epilogue>(p, e, grid, shape.smem, stream, op);
+      case 4:
+        return launch_blocks<W, C, 4, Epilogue>(p, e, grid, shape.smem, stream, op);
+      default:
+        return launch_blocks<W, C, 8, Epilogue>(p, e, grid, shape.smem, stream, op);
+    }
   };
   using BF16 = __nv_bfloat16;
   switch (plan.weight_dtype) {

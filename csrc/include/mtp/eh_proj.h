@@ -1,6 +1,7 @@
 // out = concat(norm_e(embedding[ids]), norm_h(hidden)) @ weight^T + bias: the entrance of an MTP
 // head. Every weight byte is read once for up to 64 rows; a row's result does not depend on the
-// others. An id outside [0, V) and a row at position 0 take a zero embedding.
+// others, nor, up to 64, on their number. An id outside [0, V) and a row at position 0 take a zero
+// embedding.
 #pragma once
 
 #include <cstdint>
