@@ -90,3 +90,11 @@ def test_one_depth_weight_is_a_decay() -> None:
     config = cli.parse(["--depth-starts", "0", "0.5", "0.6", "--depth-weights", "0.5"]).config
     assert config.depth_weights == (1.0, 0.5, 0.25)
     assert cli.parse([]).config == cli.TrainConfig()
+
+
+def test_what_joint_training_lacks_is_said_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["--joint"]) == 1
+    assert "pip install transformers" in capsys.readouterr().err

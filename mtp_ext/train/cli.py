@@ -10,6 +10,7 @@ Several processes share the work, each with --batch-size documents per step:
 """
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Iterable
@@ -158,6 +159,8 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
+    if args.joint and importlib.util.find_spec("transformers") is None:
+        raise DataError("--joint writes the model with transformers:\n    pip install transformers")
     torch.manual_seed(args.seed)
     model = load_model(args.model, torch.float32)
     spec, begin = spec_for(model), time.monotonic()
