@@ -55,7 +55,7 @@ def test_one_draft_length_and_sampling(tiny, tmp_path, capsys):
     result = run(tmp_path, "--k", "4", "--temperature", "0.8", "--seed", "3", "--dtype", "f32")
     assert [row["k"] for row in result["rows"]] == [0, 4]
     assert [row["identical"] for row in result["rows"]] == [None, None]
-    assert "3 prompts" in capsys.readouterr().out
+    assert "6 prompts" in capsys.readouterr().out
     assert [row["k"] for row in run(tmp_path, "--k", "0")["rows"]] == [0]
 
 

@@ -19,10 +19,13 @@ from mtp_ext.decode.request import Request, SamplingParams
 from mtp_ext.models import Llama, TextStream, default_model_path, load_model
 from mtp_ext.nn import MTPHead, load_head
 
-PROMPTS = (
-    "Explain to a ten-year-old why the sea is salty.",
-    "Write a short story about a clockmaker who loses his sense of time.",
-    "What should I think about before I adopt a dog?",
+PROMPTS = (  # among those that training holds out
+    "How do I fix a flat bicycle tire?",
+    "Who was Marie Curie and what did she discover?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Write a thank-you note to a neighbor who watered my plants.",
+    "What are the ingredients of a classic pancake recipe?",
+    "Why is the sky blue?",
 )
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 DEPTH_COLOURS = ("", "\033[32m", "\033[36m", "\033[35m", "\033[33m")  # of accepted drafts
@@ -52,7 +55,7 @@ class Row:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mtp_ext demo", description=__doc__)
-    parser.add_argument("--prompt", help="default: three built-in ones")
+    parser.add_argument("--prompt", help="default: six built-in ones")
     parser.add_argument(
         "--k",
         default="all",

@@ -13,7 +13,7 @@ class TrainConfig:
     from its first value to its second (DeepSeek-V3 lowers it from 0.3 to 0.1).
     """
 
-    epochs: float = 3.0
+    epochs: float = 2.0
     depth_starts: tuple[float, ...] = (0.0, 0.6, 0.6)
     depth_weights: tuple[float, ...] = (1.0, 0.7, 0.5)
     unrolled_rows: float = 0.25  # the part of the rows whose drafts go deeper than depth 1
