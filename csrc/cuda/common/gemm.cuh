@@ -18,7 +18,7 @@
 // Shared memory: 68 KB for 16-bit operands (4 stages, or a finished tile), 72 KB with one f32
 // operand and 96 KB with two (3 stages): one CTA fits every sm_8x and sm_12x device, two of the
 // first fit sm_80 and sm_90. Registers, no spills on sm_80 and sm_90a: at most 128 for 16-bit and
-// one-byte operands, 207 with f32. wgmma would be faster on sm_90a; one core for all comes first.
+// one-byte operands, 187 with f32. wgmma would be faster on sm_90a; one core for all comes first.
 #pragma once
 
 #include <cstdint>
@@ -183,7 +183,7 @@ struct Gemm {
       }
       commit_copies();
     };
-#pragma unroll
+#pragma unroll 1  // unrolled, sm_80 code spills
     for (int s = 0; s < kStages - 1; ++s) load(s);
     int slot = 0, free_slot = kStages - 1;
     for (int64_t k = k_begin; k < k_end; k += kDepth) {
