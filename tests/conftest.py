@@ -66,10 +66,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             names += SIMULATED
     if "simulator" in metafunc.fixturenames:
         names = [name for name in names if name in SIMULATED]
-    metafunc.parametrize("backend", names, indirect=True, scope="session")
+    metafunc.parametrize("backend", names, indirect=True, scope="module")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # so that a module without it finds the simulator as it begins
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if request.param not in SIMULATED:
         yield Backend(request.param, request.param, torch.ops.mtp)
