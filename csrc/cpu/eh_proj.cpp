@@ -3,7 +3,6 @@
 
 #include "cpu/common/isa.h"
 #include "cpu/common/parallel.h"
-#include "cpu/common/scratch.h"
 #include "cpu/common/weight_stream.h"
 
 namespace mtp::cpu::MTP_ISA {
@@ -35,14 +34,13 @@ void fill_row(const EhProjParams& p, int64_t row, float* out) {
   if (p.hnorm_weight) rms_norm_row(h, p.h, p.dtype, p.hnorm_weight, offset, p.eps);
 }
 
-template <typename W>
+template <typename W, typename X>
 void run(const EhProjParams& p, const W* weight) {
   parallel_for(p.n, kTileWidth, [&](int64_t begin, int64_t end, int) {
-    float* data = scratch<float>(PackedRows::floats(std::min<int64_t>(p.t, kMaxRows), 2 * p.h));
     for (int64_t first_row = 0; first_row < p.t; first_row += kMaxRows) {
-      const auto packed =
-          PackedRows::pack<W>(data, std::min<int64_t>(kMaxRows, p.t - first_row), 2 * p.h,
-                              [&](int64_t row, float* out) { fill_row(p, first_row + row, out); });
+      const PackedRows<W, X> packed(
+          std::min<int64_t>(kMaxRows, p.t - first_row), 2 * p.h,
+          [&](int64_t row, float* out) { fill_row(p, first_row + row, out); });
       const auto store_tile = [&](int64_t first, int64_t count, const float* tile) {
         for (int64_t j = 0; j < count; j += kLanes) {
           const int64_t left = count - j, n = first + j;
@@ -62,8 +60,10 @@ void run(const EhProjParams& p, const W* weight) {
 }  // namespace
 
 void launch_eh_proj(const EhProjParams& p) {
-  with_float_type(p.weight_dtype,
-                  [&](auto type) { run(p, static_cast<const decltype(type)*>(p.weight)); });
+  with_float_type(p.weight_dtype, [&]<typename W>(W) {
+    const auto* weight = static_cast<const W*>(p.weight);
+    with_packed_type<W>(p.dtype, [&]<typename X>(X) { run<W, X>(p, weight); });
+  });
 }
 
 }  // namespace mtp::cpu::MTP_ISA

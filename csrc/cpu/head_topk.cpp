@@ -60,7 +60,7 @@ struct Partial {
   float max, sum;
 };
 
-template <typename W>
+template <typename W, typename X>
 class HeadTopk {
  public:
   HeadTopk(const HeadTopkParams& p, const W* weight) : p_(p), weight_(weight) {}
@@ -83,15 +83,14 @@ class HeadTopk {
 
  private:
   void stream(int64_t begin, int64_t end, Best* best) const {
-    const auto packed = PackedRows::pack<W>(
-        scratch<float>(PackedRows::floats(rows_, p_.h)), rows_, p_.h, [&](int64_t row, float* out) {
-          const auto* hidden = static_cast<const char*>(p_.hidden);
-          const int64_t offset = (first_row_ + row) * p_.hidden_stride * dtype_bytes(p_.dtype);
-          widen_row(p_.dtype, hidden + offset, p_.h, out);
-          if (p_.norm_weight) {
-            rms_norm_row(out, p_.h, p_.dtype, p_.norm_weight, p_.gemma_norm ? 1.0f : 0.0f, p_.eps);
-          }
-        });
+    const PackedRows<W, X> packed(rows_, p_.h, [&](int64_t row, float* out) {
+      const auto* hidden = static_cast<const char*>(p_.hidden);
+      const int64_t offset = (first_row_ + row) * p_.hidden_stride * dtype_bytes(p_.dtype);
+      widen_row(p_.dtype, hidden + offset, p_.h, out);
+      if (p_.norm_weight) {
+        rms_norm_row(out, p_.h, p_.dtype, p_.norm_weight, p_.gemma_norm ? 1.0f : 0.0f, p_.eps);
+      }
+    });
     for (int64_t first = begin; first < end; first += kChunk) {
       ExpSum sums[kMaxRows];
       stream_weights(weight_, p_.weight_stride, first, std::min(end, first + kChunk), packed,
@@ -176,8 +175,9 @@ class HeadTopk {
 }  // namespace
 
 void launch_head_topk(const HeadTopkParams& p) {
-  with_weight_type(p.weight_dtype, p.weight,
-                   [&](const auto* weight) { HeadTopk(p, weight).run(); });
+  with_weight_type(p.weight_dtype, p.weight, [&]<typename W>(const W* weight) {
+    with_packed_type<W>(p.dtype, [&]<typename X>(X) { HeadTopk<W, X>(p, weight).run(); });
+  });
 }
 
 }  // namespace mtp::cpu::MTP_ISA

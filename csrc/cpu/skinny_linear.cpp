@@ -4,23 +4,21 @@
 
 #include "cpu/common/isa.h"
 #include "cpu/common/parallel.h"
-#include "cpu/common/scratch.h"
 #include "cpu/common/weight_stream.h"
 
 namespace mtp::cpu::MTP_ISA {
 namespace {
 
-template <typename W>
+template <typename W, typename X>
 void run(const SkinnyLinearParams& p, const W* weight) {
   const auto* x = static_cast<const char*>(p.x);
   const int64_t x_bytes = p.x_stride * dtype_bytes(p.dtype);
   parallel_for(p.n, kTileWidth, [&](int64_t begin, int64_t end, int) {
-    float* data = scratch<float>(PackedRows::floats(std::min<int64_t>(p.m, kMaxRows), p.k));
     for (int64_t first_row = 0; first_row < p.m; first_row += kMaxRows) {
-      const auto packed = PackedRows::pack<W>(
-          data, std::min<int64_t>(kMaxRows, p.m - first_row), p.k, [&](int64_t row, float* out) {
-            widen_row(p.dtype, x + (first_row + row) * x_bytes, p.k, out);
-          });
+      const PackedRows<W, X> packed(std::min<int64_t>(kMaxRows, p.m - first_row), p.k,
+                                    [&](int64_t row, float* out) {
+                                      widen_row(p.dtype, x + (first_row + row) * x_bytes, p.k, out);
+                                    });
       const auto store_tile = [&](int64_t first, int64_t count, const float* tile) {
         for (int64_t j = 0; j < count; j += kLanes) {
           const int64_t left = count - j, n = first + j;
@@ -41,7 +39,9 @@ void run(const SkinnyLinearParams& p, const W* weight) {
 }  // namespace
 
 void launch_skinny_linear(const SkinnyLinearParams& p) {
-  with_weight_type(p.weight_dtype, p.weight, [&](const auto* weight) { run(p, weight); });
+  with_weight_type(p.weight_dtype, p.weight, [&]<typename W>(const W* weight) {
+    with_packed_type<W>(p.dtype, [&]<typename X>(X) { run<W, X>(p, weight); });
+  });
 }
 
 }  // namespace mtp::cpu::MTP_ISA

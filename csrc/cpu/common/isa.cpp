@@ -3,15 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__linux__) && defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace mtp::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
 #if defined(__x86_64__)
 
@@ -25,27 +20,16 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// AMX state is off until the process asks the kernel for it: ARCH_REQ_XCOMP_PERM, XTILEDATA.
-[[maybe_unused]] bool has_amx() {
-#if defined(__linux__)
-  unsigned eax, ebx, ecx, edx;
-  __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(0));
-  const bool tiles = (edx >> 24 & 1) && (edx >> 22 & 1) && (edx >> 25 & 1);
-  __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(1));
-  const bool bf16 = eax >> 5 & 1;
-  constexpr int kArchReqXcompPerm = 0x1023, kXtileData = 18;
-  return has_avx512() && tiles && bf16 &&
-         syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
-#else
-  return false;
-#endif
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
 }
 
 #endif  // __x86_64__
 
 Isa best() {
-#ifdef MTP_HAVE_AMX
-  if (has_amx()) return Isa::kAmx;
+#ifdef MTP_HAVE_AVX512_BF16
+  if (has_avx512_bf16()) return Isa::kAvx512Bf16;
 #endif
 #ifdef MTP_HAVE_AVX512
   if (has_avx512()) return Isa::kAvx512;
@@ -83,8 +67,8 @@ const char* compiled_isa_levels() {
 #ifdef MTP_HAVE_AVX512
          ",avx512"
 #endif
-#ifdef MTP_HAVE_AMX
-         ",amx"
+#ifdef MTP_HAVE_AVX512_BF16
+         ",avx512_bf16"
 #endif
       ;
 }

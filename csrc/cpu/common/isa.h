@@ -1,18 +1,18 @@
 // Instruction-set levels. Every csrc/cpu/<op>.cpp is compiled once per level, inside
 // namespace mtp::cpu::MTP_ISA, and reached through one dispatcher that asks isa() at run time.
 //
-//   generic  whatever the compiler's baseline is; vectors are plain loops
-//   avx2     AVX2, FMA, F16C
-//   avx512   AVX-512 F, BW, DQ, VL
-//   amx      avx512 plus AVX-512 BF16 and AMX tiles (bf16, int8)
+//   generic      whatever the compiler's baseline is; vectors are plain loops
+//   avx2         AVX2, FMA, F16C
+//   avx512       AVX-512 F, BW, DQ, VL
+//   avx512_bf16  avx512 plus BF16 (dot products of bf16 pairs) and VBMI (tables of bytes)
 #pragma once
 
 namespace mtp::cpu {
 
-enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The level in use: the best one that is compiled in, that the processor and the operating
-// system offer, and that MTP_CPU_ISA (generic, avx2, avx512, amx) does not forbid.
+// system offer, and that MTP_CPU_ISA (generic, avx2, avx512, avx512_bf16) does not forbid.
 Isa isa();
 const char* isa_name(Isa level);
 // Comma-separated names of the levels compiled in.
@@ -48,33 +48,33 @@ const char* compiled_isa_levels();
 #define MTP_ISA_DECLARE_AVX512(launch, Params)
 #define MTP_ISA_CASE_AVX512(launch, p)
 #endif
-#ifdef MTP_HAVE_AMX
-#define MTP_ISA_DECLARE_AMX(launch, Params) \
-  namespace amx {                           \
-  void launch(const Params&);               \
+#ifdef MTP_HAVE_AVX512_BF16
+#define MTP_ISA_DECLARE_AVX512_BF16(launch, Params) \
+  namespace avx512_bf16 {                           \
+  void launch(const Params&);                       \
   }
-#define MTP_ISA_CASE_AMX(launch, p) \
-  case Isa::kAmx:                   \
-    return amx::launch(p);
+#define MTP_ISA_CASE_AVX512_BF16(launch, p) \
+  case Isa::kAvx512Bf16:                    \
+    return avx512_bf16::launch(p);
 #else
-#define MTP_ISA_DECLARE_AMX(launch, Params)
-#define MTP_ISA_CASE_AMX(launch, p)
+#define MTP_ISA_DECLARE_AVX512_BF16(launch, Params)
+#define MTP_ISA_CASE_AVX512_BF16(launch, p)
 #endif
 
-#define MTP_CPU_DISPATCH(launch, Params) \
-  namespace mtp::cpu {                   \
-  MTP_ISA_DECLARE_AVX2(launch, Params)   \
-  MTP_ISA_DECLARE_AVX512(launch, Params) \
-  MTP_ISA_DECLARE_AMX(launch, Params)    \
-  void launch(const Params& p) {         \
-    switch (isa()) {                     \
-      MTP_ISA_CASE_AMX(launch, p)        \
-      MTP_ISA_CASE_AVX512(launch, p)     \
-      MTP_ISA_CASE_AVX2(launch, p)       \
-      default:                           \
-        return generic::launch(p);       \
-    }                                    \
-  }                                      \
+#define MTP_CPU_DISPATCH(launch, Params)      \
+  namespace mtp::cpu {                        \
+  MTP_ISA_DECLARE_AVX2(launch, Params)        \
+  MTP_ISA_DECLARE_AVX512(launch, Params)      \
+  MTP_ISA_DECLARE_AVX512_BF16(launch, Params) \
+  void launch(const Params& p) {              \
+    switch (isa()) {                          \
+      MTP_ISA_CASE_AVX512_BF16(launch, p)     \
+      MTP_ISA_CASE_AVX512(launch, p)          \
+      MTP_ISA_CASE_AVX2(launch, p)            \
+      default:                                \
+        return generic::launch(p);            \
+    }                                         \
+  }                                           \
   }
 
 #else

@@ -1,7 +1,8 @@
 // The core of skinny_linear, head_topk and eh_proj: dot products of every weight row with a few
 // activation rows. Weights stay in their dtype and are read once for up to kMaxRows activation
-// rows; they are widened in registers, two registers of lanes a step, and multiplied into f32
-// accumulators.
+// rows. They are made into what the activations are packed as, in registers, and multiplied into
+// f32 accumulators: f32, or bf16 pairs where the processor multiplies those (VDPBF16PS, twice the
+// products per instruction), activations are bf16 anyway and the weights fit bf16 exactly.
 //
 // One dot product is always summed the same way: one accumulator register per (weight row,
 // activation row), steps in ascending k, then a fixed tree over its lanes. The shape of the tile
@@ -16,11 +17,14 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/common/dispatch.h"
+#include "cpu/common/scratch.h"
 #include "cpu/common/vec.h"
 
 namespace mtp::cpu {
@@ -90,24 +94,31 @@ inline void reduce4(Reg a, Reg b, Reg c, Reg d, float out[4]) {
 }
 #endif
 
-// ---- widening --------------------------------------------------------------------------------
+// ---- operands --------------------------------------------------------------------------------
 
-// A step is two registers of weights. half<h>(p) widens one of them; pack<h>(x) picks the
-// activations of the same elements. The order within a step is the cheapest to widen: for bf16 a
-// shift yields the even elements, and a mask or two shifts the odd ones; the others stay in memory
-// order.
-constexpr int kStep = 2 * kRegLanes;
+// Operand<W, X>: how weights of type W meet activations packed as X. A step is kStep elements, in
+// kParts registers of weights (widen) and as many of activations (arrange). Elements are packed in
+// the order that is cheapest to widen. kStarts: see start().
+template <typename W, typename X>
+struct Operand;
 
 template <typename W>
-struct Widen {
+struct Operand<W, float> {
+  using Part = Reg;
+  static constexpr int kParts = 2, kPartLanes = kRegLanes, kStep = 2 * kRegLanes;
+  static constexpr bool kJoint = false, kStarts = false;
+
+  static Part load(const float* p) { return reg_load(p); }
+  static Reg multiply_add(Part w, Part x, Reg acc) { return reg_fma(w, x, acc); }
+
   template <int h>
-  static Reg pack(const float* x) {
+  static Part arrange(const float* x) {
     return reg_load(x + h * kRegLanes);
   }
   template <int h>
-  static Reg half(const W* p) {
+  static Part widen(const W* p) {
 #if MTP_ISA_LEVEL >= 2
-    return load(p + h * kRegLanes).v;
+    return mtp::cpu::load(p + h * kRegLanes).v;
 #elif MTP_ISA_LEVEL == 1
     return load8(p + h * kRegLanes);
 #else
@@ -134,10 +145,11 @@ struct Widen {
 };
 
 #if MTP_ISA_LEVEL >= 1
+// A shift yields the even elements, and a mask or two shifts the odd ones.
 template <>
-struct Widen<BF16> {
+struct Operand<BF16, float> : Operand<float, float> {
   template <int h>
-  static Reg pack(const float* x) {
+  static Part arrange(const float* x) {
 #if MTP_ISA_LEVEL >= 2
     const __m512i first =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -150,7 +162,7 @@ struct Widen<BF16> {
 #endif
   }
   template <int h>
-  static Reg half(const BF16* p) {
+  static Part widen(const BF16* p) {
 #if MTP_ISA_LEVEL >= 2
     const __m512i pairs = _mm512_loadu_si512(p);
     return _mm512_castsi512_ps(
@@ -166,12 +178,103 @@ struct Widen<BF16> {
 };
 #endif
 
+#if MTP_ISA_LEVEL >= 3
+
+template <>
+struct Operand<BF16, BF16> {
+  using Part = __m512bh;
+  static constexpr int kParts = 1, kPartLanes = 32, kStep = 32;
+  static constexpr bool kJoint = false, kStarts = false;
+
+  static Part load(const BF16* p) { return reinterpret_cast<Part>(_mm512_loadu_si512(p)); }
+  static Reg multiply_add(Part w, Part x, Reg acc) { return _mm512_dpbf16_ps(acc, w, x); }
+
+  template <int h>
+  static Part arrange(const BF16* x) {
+    return load(x);
+  }
+  template <int h>
+  static Part widen(const BF16* p) {
+    return load(p);
+  }
+};
+
+// 64 bytes become bf16 by table: the seven low bits of each pick both bytes of its magnitude, the
+// eighth is the sign. Interleaving the bytes gives runs of eight elements to the two parts in turn.
+struct ByteOperand : Operand<BF16, BF16> {
+  static constexpr int kParts = 2, kStep = 64;
+  static constexpr bool kJoint = true;
+
+  struct Tables {
+    alignas(64) uint8_t low[128], high[128];
+  };
+  template <typename Magnitude>
+  static constexpr Tables make_tables(const Magnitude& magnitude) {
+    Tables t = {};
+    for (int i = 0; i < 128; ++i) {
+      const uint32_t bits = std::bit_cast<uint32_t>(magnitude(i)) >> 16;
+      t.low[i] = static_cast<uint8_t>(bits);
+      t.high[i] = static_cast<uint8_t>(bits >> 8);
+    }
+    return t;
+  }
+
+  template <int h>
+  static Part arrange(const BF16* x) {
+    const __m512i runs = _mm512_setr_epi64(2 * h, 2 * h + 1, 4 + 2 * h, 5 + 2 * h, 8 + 2 * h,
+                                           9 + 2 * h, 12 + 2 * h, 13 + 2 * h);
+    return reinterpret_cast<Part>(
+        _mm512_permutex2var_epi64(_mm512_loadu_si512(x), runs, _mm512_loadu_si512(x + 32)));
+  }
+  static void look_up(const Tables& tables, __m512i index, __m512i sign, Part (&out)[2]) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), index,
+                                                 _mm512_load_si512(tables.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), index,
+                                            _mm512_load_si512(tables.high + 64));
+    // high | (sign & 0x80)
+    high = _mm512_ternarylogic_epi64(high, sign, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+    out[0] = reinterpret_cast<Part>(_mm512_unpacklo_epi8(low, high));
+    out[1] = reinterpret_cast<Part>(_mm512_unpackhi_epi8(low, high));
+  }
+};
+
+template <>
+struct Operand<F8E4M3, BF16> : ByteOperand {
+  static constexpr Tables kTables = make_tables([](int i) {
+    const int exponent = i >> 3, mantissa = i & 7;
+    if (i == 0x7f) return std::numeric_limits<float>::quiet_NaN();
+    float x = exponent == 0 ? mantissa : 8 + mantissa;  // in units of the last place
+    for (int e = exponent == 0 ? 1 : exponent; e < 10; ++e) x /= 2;
+    for (int e = exponent; e > 10; --e) x *= 2;
+    return x;
+  });
+  static void widen(const F8E4M3* p, Part (&out)[2]) {
+    const __m512i bytes = _mm512_loadu_si512(p);
+    look_up(kTables, bytes, bytes, out);
+  }
+};
+
+// An int8 v is looked up as v + 1/2, whose magnitude is the same for v and for its complement and
+// has eight bits; sums start at minus what the halves will add.
+template <>
+struct Operand<int8_t, BF16> : ByteOperand {
+  static constexpr bool kStarts = true;
+  static constexpr Tables kTables = make_tables([](int i) { return i + 0.5f; });
+  static void widen(const int8_t* p, Part (&out)[2]) {
+    const __m512i bytes = _mm512_loadu_si512(p);
+    const __m512i index =
+        _mm512_mask_sub_epi8(bytes, _mm512_movepi8_mask(bytes), _mm512_set1_epi8(-1), bytes);
+    look_up(kTables, index, bytes, out);
+  }
+  static Part minus_half() { return reinterpret_cast<Part>(_mm512_set1_epi16(-0x4100)); }
+};
+
+#endif
+
 // ---- packed activations ----------------------------------------------------------------------
 
 constexpr int kMaxRows = 64;    // activation rows per pass over the weights
 constexpr int kTileWidth = 48;  // weight rows per call of the epilogue
-
-inline int64_t packed_length(int64_t k) { return ceil_div<int64_t>(k, kStep) * kStep; }
 
 // out[0..k) = x in f32.
 inline void widen_row(DType dtype, const void* x, int64_t k, float* out) {
@@ -196,46 +299,65 @@ inline void rms_norm_row(float* x, int64_t k, DType dtype, const void* weight, f
   }
 }
 
-// Activations in the order the tiles read them. Rows of a group of kTileM stand side by side:
-// [group][step][half][row in group][lane]; the last group holds only the rows there are.
+// Activations for weights of type W, in the order the tiles read them. Rows of a group of kTileM
+// stand side by side: [group][step][part][row in group][lane]; the last group holds only the rows
+// there are. Packed as bf16, what is finer than that is rounded.
+template <typename W, typename X>
 class PackedRows {
  public:
-  static int64_t floats(int64_t rows, int64_t k) { return (rows + 1) * packed_length(k); }
+  using Operand = cpu::Operand<W, X>;
 
-  // Packs `rows` rows for weights of type W into data, which holds floats(rows, k). fill(row, out)
-  // writes the k elements of a row.
-  template <typename W, typename Fill>
-  static PackedRows pack(float* data, int64_t rows, int64_t k, const Fill& fill) {
-    PackedRows packed(data, rows, k);
-    float* line = data + rows * packed.length_;
+  static int64_t length(int64_t k) { return ceil_div<int64_t>(k, Operand::kStep) * Operand::kStep; }
+
+  // fill(row, out) writes the k elements of a row in f32. What is packed lives until this thread
+  // packs again.
+  template <typename Fill>
+  PackedRows(int64_t rows, int64_t k, const Fill& fill) : rows_(rows), k_(k), length_(length(k)) {
+    float* line = scratch<float, 3>(length_ + length_ / 2);
+    data_ = scratch<X, 4>(rows * length_);
+    starts_ = scratch<float, 5>(rows * kRegLanes);
+    std::fill(line + k, line + length_, 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
       fill(row, line);
-      std::fill(line + k, line + packed.length_, 0.0f);
-      packed.set<W>(row, line);
+      if constexpr (std::is_same_v<X, float>) {
+        set(row, line);
+      } else {
+        X* narrow = reinterpret_cast<X*>(line + length_);
+        for (int64_t i = 0; i < length_; i += kLanes) store(narrow + i, load(line + i));
+        set(row, narrow);
+      }
     }
-    return packed;
   }
 
   int64_t rows() const { return rows_; }
   int64_t k() const { return k_; }
-  const float* group(int64_t first_row) const { return data_ + first_row * length_; }
+  const X* group(int64_t first_row) const { return data_ + first_row * length_; }
+  // The value that each row's sums start from, if Operand::kStarts.
+  const float* starts(int64_t first_row) const { return starts_ + first_row * kRegLanes; }
 
  private:
-  PackedRows(float* data, int64_t rows, int64_t k)
-      : data_(data), rows_(rows), k_(k), length_(packed_length(k)) {}
-
-  template <typename W>
-  void set(int64_t row, const float* x) {
+  void set(int64_t row, const X* x) {
     const int64_t first = row / kTileM * kTileM;
-    const int64_t stride = std::min<int64_t>(kTileM, rows_ - first) * kRegLanes;
-    float* out = data_ + first * length_ + (row - first) * kRegLanes;
-    for (int64_t k = 0; k < length_; k += kStep, out += 2 * stride) {
-      reg_store(out, Widen<W>::template pack<0>(x + k));
-      reg_store(out + stride, Widen<W>::template pack<1>(x + k));
+    const int64_t stride = std::min<int64_t>(kTileM, rows_ - first) * Operand::kPartLanes;
+    X* out = data_ + first * length_ + (row - first) * Operand::kPartLanes;
+    Reg start = reg_zero();
+    const auto part = [&]<int h>(int64_t k) {
+      const typename Operand::Part arranged = Operand::template arrange<h>(x + k);
+      std::memcpy(out, &arranged, sizeof(arranged));
+      if constexpr (Operand::kStarts) {
+        start = Operand::multiply_add(Operand::minus_half(), arranged, start);
+      }
+      out += stride;
+    };
+    for (int64_t k = 0; k < length_; k += Operand::kStep) {
+      part.template operator()<0>(k);
+      if constexpr (Operand::kParts == 2) part.template operator()<1>(k);
     }
+    if constexpr (Operand::kStarts) reg_store(starts_ + row * kRegLanes, start);
   }
 
-  float* data_;
+  X* data_;
+  float* starts_;
   int64_t rows_, k_, length_;
 };
 
@@ -269,51 +391,69 @@ class NextRows {
   int64_t gap_, row_bytes_;
 };
 
-// One step of a tile. The operand with fewer rows stays in registers.
-template <typename W, int kM, int kN>
-[[gnu::always_inline]] inline void tile_step(const W* w, int64_t stride, const float* x,
+// One step of a tile. Of two parts, one after the other: the operand with fewer rows stays in
+// registers. Where both come out of one table look-up (kJoint), so do both.
+template <typename Operand, int kM, int kN, typename W, typename X>
+[[gnu::always_inline]] inline void tile_step(const W* w, int64_t stride, const X* x,
                                              Reg (&acc)[kN][kM]) {
-  const auto half = [&]<int h>() {
-    const float* xh = x + h * kM * kRegLanes;
-    if constexpr (kM <= kN) {
-      Reg a[kM];
-      for (int m = 0; m < kM; ++m) a[m] = reg_load(xh + m * kRegLanes);
-      for (int n = 0; n < kN; ++n) {
-        const Reg b = Widen<W>::template half<h>(w + n * stride);
-        for (int m = 0; m < kM; ++m) acc[n][m] = reg_fma(b, a[m], acc[n][m]);
-      }
-    } else {
-      Reg b[kN];
-      for (int n = 0; n < kN; ++n) b[n] = Widen<W>::template half<h>(w + n * stride);
-      for (int m = 0; m < kM; ++m) {
-        const Reg a = reg_load(xh + m * kRegLanes);
-        for (int n = 0; n < kN; ++n) acc[n][m] = reg_fma(b[n], a, acc[n][m]);
+  using Part = typename Operand::Part;
+  constexpr int kLanesX = Operand::kPartLanes;
+  if constexpr (Operand::kJoint) {
+    for (int n = 0; n < kN; ++n) {
+      Part b[2];
+      Operand::widen(w + n * stride, b);
+      for (int h = 0; h < 2; ++h) {
+        for (int m = 0; m < kM; ++m) {
+          const Part a = Operand::load(x + (h * kM + m) * kLanesX);
+          acc[n][m] = Operand::multiply_add(b[h], a, acc[n][m]);
+        }
       }
     }
-  };
-  half.template operator()<0>();
-  half.template operator()<1>();
+  } else {
+    const auto part = [&]<int h>() {
+      const X* xh = x + h * kM * kLanesX;
+      if constexpr (kM <= kN) {
+        Part a[kM];
+        for (int m = 0; m < kM; ++m) a[m] = Operand::load(xh + m * kLanesX);
+        for (int n = 0; n < kN; ++n) {
+          const Part b = Operand::template widen<h>(w + n * stride);
+          for (int m = 0; m < kM; ++m) acc[n][m] = Operand::multiply_add(b, a[m], acc[n][m]);
+        }
+      } else {
+        Part b[kN];
+        for (int n = 0; n < kN; ++n) b[n] = Operand::template widen<h>(w + n * stride);
+        for (int m = 0; m < kM; ++m) {
+          const Part a = Operand::load(xh + m * kLanesX);
+          for (int n = 0; n < kN; ++n) acc[n][m] = Operand::multiply_add(b[n], a, acc[n][m]);
+        }
+      }
+    };
+    part.template operator()<0>();
+    if constexpr (Operand::kParts == 2) part.template operator()<1>();
+  }
 }
 
-// out[m * kTileWidth + n] = dot(weight row n, activation row m).
-template <typename W, int kM, int kN>
-[[gnu::noinline]] void dot_tile(const W* w, int64_t stride, int64_t k, const float* x, float* out) {
+// out[m * kTileWidth + n] = dot(weight row n, activation row m) + what starts holds.
+template <typename Operand, int kM, int kN, typename W, typename X>
+[[gnu::noinline]] void dot_tile(const W* w, int64_t stride, int64_t k, const X* x,
+                                const float* starts, float* out) {
+  constexpr int kStep = Operand::kStep;
   Reg acc[kN][kM];
   for (int n = 0; n < kN; ++n) {
-    for (int m = 0; m < kM; ++m) acc[n][m] = reg_zero();
+    for (int m = 0; m < kM; ++m) acc[n][m] = starts ? reg_load(starts + m * kRegLanes) : reg_zero();
   }
   NextRows next(w + kN * stride, stride, k);
   int64_t i = 0;
-  for (; i + kStep <= k; i += kStep, x += 2 * kM * kRegLanes) {
+  for (; i + kStep <= k; i += kStep, x += Operand::kParts * kM * Operand::kPartLanes) {
     next.prefetch(kN * kStep * sizeof(W));
-    tile_step<W, kM, kN>(w + i, stride, x, acc);
+    tile_step<Operand, kM, kN>(w + i, stride, x, acc);
   }
   if (i < k) {
     W tail[kN * kStep] = {};
     for (int n = 0; n < kN; ++n) {
       std::memcpy(tail + n * kStep, w + n * stride + i, (k - i) * sizeof(W));
     }
-    tile_step<W, kM, kN>(tail, kStep, x, acc);
+    tile_step<Operand, kM, kN>(tail, kStep, x, acc);
   }
   if constexpr (kN % 4 == 0) {
     for (int m = 0; m < kM; ++m) {
@@ -331,43 +471,55 @@ template <typename W, int kM, int kN>
   }
 }
 
+// A table and both parts of a widened weight take registers from the accumulators.
+template <typename Operand>
 constexpr int tile_n(int m) {
+  const int accumulators = Operand::kJoint ? 16 : kAccumulators;
   for (int n : {6, 4, 3}) {
-    if (n * m <= kAccumulators && kTileWidth % n == 0) return n;
+    if (n * m <= accumulators && kTileWidth % n == 0) return n;
   }
   return 1;
 }
 
 // Weight rows [0, n) against the kM activation rows at x.
-template <typename W, int kM>
-void dot_rows(const W* w, int64_t stride, int64_t n, int64_t k, const float* x, float* out) {
-  constexpr int kN = tile_n(kM);
+template <typename Operand, int kM, typename W, typename X>
+void dot_rows(const W* w, int64_t stride, int64_t n, int64_t k, const X* x, const float* starts,
+              float* out) {
+  constexpr int kN = tile_n<Operand>(kM);
   int64_t i = 0;
-  for (; i + kN <= n; i += kN) dot_tile<W, kM, kN>(w + i * stride, stride, k, x, out + i);
-  for (; i < n; ++i) dot_tile<W, kM, 1>(w + i * stride, stride, k, x, out + i);
+  for (; i + kN <= n; i += kN) {
+    dot_tile<Operand, kM, kN>(w + i * stride, stride, k, x, starts, out + i);
+  }
+  for (; i < n; ++i) dot_tile<Operand, kM, 1>(w + i * stride, stride, k, x, starts, out + i);
 }
 
-template <typename W, int kM = kTileM - 1>
-void dot_rows_rest(int rest, const W* w, int64_t stride, int64_t n, int64_t k, const float* x,
-                   float* out) {
+template <typename Operand, int kM = kTileM - 1, typename W, typename X>
+void dot_rows_rest(int rest, const W* w, int64_t stride, int64_t n, int64_t k, const X* x,
+                   const float* starts, float* out) {
   if constexpr (kM > 0) {
-    if (rest == kM) return dot_rows<W, kM>(w, stride, n, k, x, out);
-    dot_rows_rest<W, kM - 1>(rest, w, stride, n, k, x, out);
+    if (rest == kM) return dot_rows<Operand, kM>(w, stride, n, k, x, starts, out);
+    dot_rows_rest<Operand, kM - 1>(rest, w, stride, n, k, x, starts, out);
   }
 }
 
-// Weight rows widened once for many groups of activation rows: n rows of packed_length(k) floats,
-// in the order that PackedRows::pack<W>() gives activations. Widening is exact, so the dots stay
-// the same.
-template <typename W>
-void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, float* out) {
+// Weight rows widened once for many groups of activation rows: n rows in the order that PackedRows
+// gives activations. Widening is exact, so the dots stay the same.
+template <typename Operand, typename W, typename X>
+void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
+  constexpr int kStep = Operand::kStep;
   for (int64_t row = 0; row < n; ++row, w += stride) {
-    int64_t i = 0;
     const auto step = [&](const W* p) {
-      reg_store(out, Widen<W>::template half<0>(p));
-      reg_store(out + kRegLanes, Widen<W>::template half<1>(p));
+      typename Operand::Part parts[2];
+      if constexpr (Operand::kJoint) {
+        Operand::widen(p, parts);
+      } else {
+        parts[0] = Operand::template widen<0>(p);
+        parts[1] = Operand::template widen<1>(p);
+      }
+      std::memcpy(out, parts, sizeof(parts));
       out += kStep;
     };
+    int64_t i = 0;
     for (; i + kStep <= k; i += kStep) step(w + i);
     if (i < k) {
       W tail[kStep] = {};
@@ -380,37 +532,52 @@ void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, float* out) {
 // Calls epilogue(first, count, tile) for consecutive blocks of at most kTileWidth weight rows of
 // [begin, end); tile[m * kTileWidth + i] is the dot product of weight row first + i with
 // activation row m.
-template <typename W, typename Epilogue>
+template <typename W, typename X, typename Epilogue>
 void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
-                    const PackedRows& x, const Epilogue& epilogue) {
-  constexpr int kPanel = tile_n(kTileM);
-  constexpr int64_t kWideFloats = 6144;  // what of the first-level cache a widened panel may take
-  alignas(64) float wide[kWideFloats];
+                    const PackedRows<W, X>& x, const Epilogue& epilogue) {
+  using Operand = cpu::Operand<W, X>;
+  using Widened = cpu::Operand<X, X>;
+  constexpr int kPanel = tile_n<Widened>(kTileM);
+  constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take
+  alignas(64) X wide[kWide];
   alignas(64) float tile[kMaxRows * kTileWidth];
-  const int64_t full = x.rows() / kTileM * kTileM, length = packed_length(x.k());
-  const bool widen = full > kTileM && kPanel * length <= kWideFloats && sizeof(W) < sizeof(float);
+  const int64_t full = x.rows() / kTileM * kTileM, length = x.length(x.k());
+  const bool widen =
+      Operand::kParts == 2 && !std::is_same_v<W, X> && full > kTileM && kPanel * length <= kWide;
+  const auto starts = [&](int64_t row) { return Operand::kStarts ? x.starts(row) : nullptr; };
   for (int64_t first = begin; first < end; first += kTileWidth) {
     const int64_t count = std::min<int64_t>(kTileWidth, end - first);
     const W* w = weight + first * stride;
     // A panel stays in the first-level cache while all full groups of rows pass over it.
     for (int64_t i = 0; full > 0 && i < count; i += kPanel) {
       const int64_t n = std::min<int64_t>(kPanel, count - i);
-      if (widen) widen_rows(w + i * stride, stride, n, x.k(), wide);
+      if (widen) widen_rows<Operand>(w + i * stride, stride, n, x.k(), wide);
       for (int64_t m = 0; m < full; m += kTileM) {
         float* out = tile + m * kTileWidth + i;
         if (widen) {
-          dot_rows<float, kTileM>(wide, length, n, length, x.group(m), out);
+          dot_rows<Widened, kTileM>(wide, length, n, length, x.group(m), starts(m), out);
         } else {
-          dot_rows<W, kTileM>(w + i * stride, stride, n, x.k(), x.group(m), out);
+          dot_rows<Operand, kTileM>(w + i * stride, stride, n, x.k(), x.group(m), starts(m), out);
         }
       }
     }
     if (full < x.rows()) {
-      dot_rows_rest<W>(static_cast<int>(x.rows() - full), w, stride, count, x.k(), x.group(full),
-                       tile + full * kTileWidth);
+      dot_rows_rest<Operand>(static_cast<int>(x.rows() - full), w, stride, count, x.k(),
+                             x.group(full), starts(full), tile + full * kTileWidth);
     }
     epilogue(first, count, tile);
   }
+}
+
+// Calls body(X{}) with what activations are packed as for weights of type W.
+template <typename W, typename Body>
+void with_packed_type([[maybe_unused]] DType activations, const Body& body) {
+#if MTP_ISA_LEVEL >= 3
+  if constexpr (!std::is_same_v<W, float> && !std::is_same_v<W, F16>) {
+    if (activations == DType::kBF16) return body(BF16{});
+  }
+#endif
+  body(float{});
 }
 
 // Calls body(typed pointer) for any weight dtype.
