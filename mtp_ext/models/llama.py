@@ -98,6 +98,8 @@ class Llama:
         self.lm_head = lm_head  # [V, H]; the embedding itself where they are tied
         self.tokenizer = tokenizer
         self.rope = rope_table(config, embedding.device)
+        # Of forward and logits. F.linear is faster for many rows, which then depend on each other.
+        self.linear: Callable[[Tensor, Tensor], Tensor] = ops.skinny_linear
 
     @classmethod
     def from_tensors(
@@ -164,15 +166,15 @@ class Llama:
         x = None
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v):
             y = ops.add_rms_norm(residual, layer.attn_norm, x=x, eps=c.rms_eps)
-            qkv = ops.skinny_linear(y, layer.qkv)
+            qkv = self.linear(y, layer.qkv)
             q, k, v = ops.rope_qkv(qkv, positions, self.rope, c.num_heads, c.num_kv_heads)
             y, _ = ops.verify_attention(
                 q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len
             )
-            x = ops.skinny_linear(y.flatten(1), layer.o)
+            x = self.linear(y.flatten(1), layer.o)
             y = ops.add_rms_norm(residual, layer.mlp_norm, x=x, eps=c.rms_eps)
-            y = ops.silu_and_mul(ops.skinny_linear(y, layer.gate_up))
-            x = ops.skinny_linear(y, layer.down)
+            y = ops.silu_and_mul(self.linear(y, layer.gate_up))
+            x = self.linear(y, layer.down)
         return residual if x is None else residual.add_(x)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ class Llama:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] in the weights' dtype, from what `forward` returned."""
-        return ops.skinny_linear(self.final_norm(hidden), self.lm_head)
+        return self.linear(self.final_norm(hidden), self.lm_head)
 
     def forward_dense(self, token_ids: Tensor) -> Tensor:
         """The same model in plain PyTorch without a cache, for training and as a reference.

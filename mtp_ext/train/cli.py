@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from mtp_ext.models import load_model
 from mtp_ext.nn import MTPBlock, save_head
@@ -115,7 +116,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="with --joint: weight of the head's loss at the first step and at the last "
         f"(default: {spaced(default.mtp_weight)})",
     )
-    add("--bf16", action="store_true", help="compute in bf16; parameters stay f32")
+    add(
+        "--bf16",
+        action="store_true",
+        help="the model writes in bf16 and the head computes in bf16; parameters stay f32",
+    )
     add("--eval-every", type=int, default=200, help="steps between checkpoints with evaluation")
     add("--eval-documents", type=int, default=None, help="held-out documents used on the way")
     args = parser.parse_args(argv)
@@ -165,8 +170,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     model = load_model(args.model, torch.float32)
     spec, begin = spec_for(model), time.monotonic()
     with first_process_first():
-        held_out = prepare.held_out_shard(model, spec.h_source, args)
-        shard = prepare.training_shard(model, spec.h_source, args)
+        writer = load_model(args.model, torch.bfloat16) if args.bf16 else model
+        writer.linear = F.linear  # texts need not be independent of their batch
+        held_out = prepare.held_out_shard(writer, spec.h_source, args)
+        shard = prepare.training_shard(writer, spec.h_source, args)
+        del writer
     prepared = time.monotonic()
 
     documents, block = Documents(shard), MTPBlock(spec)

@@ -53,7 +53,9 @@ class Trainer:
             (matrices if p.ndim == 2 else vectors).append(p)
         adam = dict(betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizers = {
-            "matrices": Muon(matrices, lr=config.lr, weight_decay=config.weight_decay),
+            "matrices": Muon(
+                matrices, lr=config.lr, weight_decay=config.weight_decay, dtype=objective.dtype
+            ),
             "vectors": torch.optim.AdamW(vectors, **adam),
         }
         if trunk:

@@ -98,7 +98,7 @@ inline void reduce4(Reg a, Reg b, Reg c, Reg d, float out[4]) {
 
 // Operand<W, X>: how weights of type W meet activations packed as X. A step is kStep elements, in
 // kParts registers of weights (widen) and as many of activations (arrange). Elements are packed in
-// the order that is cheapest to widen. kStarts: see start().
+// the order that is cheapest to widen. With kStarts a row's sums start from PackedRows::starts().
 template <typename W, typename X>
 struct Operand;
 
