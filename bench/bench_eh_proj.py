@@ -57,3 +57,8 @@ def cases(device: str, small: bool) -> Iterator[Case]:
     for h in (576, 2048, 7168):
         for t in (1, 4, 16):
             yield case(device, t, h)
+
+
+def counted() -> Iterator[Case]:
+    for t in (1, 4, 16, 64):
+        yield case("cpu", t, 1024)

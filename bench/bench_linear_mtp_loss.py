@@ -1,17 +1,14 @@
 """The training loss of all depths, forward and backward, with the extra memory at its peak."""
 
-import argparse
-import ctypes
-import gc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Ceilings, optional, random_values, run_case
+from bench.harness import Case, optional, random_values
+from bench.report import dtype_name
 
 SHIFT = 2
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -35,12 +32,16 @@ def per_depth(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call
     return call
 
 
-def eager_depth(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
     on_cpu = hidden.device.type == "cpu"
     if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # A processor without bf16 instructions takes several times as long as in f32.
         hidden, weight = hidden.float(), weight.float()
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+    return F.linear(hidden, weight).float()
+
+
+def eager_depth(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(hidden, weight), labels)
 
 
 eager = per_depth(eager_depth)
@@ -74,14 +75,14 @@ def case(device: str, k: int, t: int, v: int, h: int, dtype: torch.dtype) -> Cas
     inputs = (k * t * h + v * h) * dtype.itemsize
     return Case(
         shape=f"K={k} T={t} V={v} H={h}",
-        dtype="bf16" if dtype == torch.bfloat16 else "f32",
+        dtype=dtype_name(dtype),
         make=lambda: make(k, t, h, v, dtype, device),
         ours=ours,
         read=inputs + t * 8,
         written=inputs,
         flops=3 * 2 * rows * h * v,
         peers=peers,
-        compile=device == "cuda",
+        memory=True,
         check=check,
     )
 
@@ -90,62 +91,10 @@ def cases(device: str, small: bool) -> Iterator[Case]:
     if small:
         yield case(device, 2, 9, 60, 16, torch.float32)
         return
-    dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
     # SmolLM2-135M, whole and with a reduced draft vocabulary.
-    for v in (49152, 12288):
-        for dtype in dtypes:
-            yield case(device, 3, 2048, v, 576, dtype)
-    if device == "cuda":
+    yield case(device, 3, 2048, 49152, 576, torch.bfloat16)
+    yield case(device, 3, 2048, 12288, 576, torch.bfloat16)
+    if device == "cpu":
+        yield case(device, 3, 512, 12288, 576, torch.float32)
+    else:
         yield case(device, 3, 8192, 151936, 2048, torch.bfloat16)  # Qwen3-Next
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {name}")
-
-
-def peak_bytes(device: str, call: Callable[..., Any], inputs: Inputs) -> int | None:
-    """The most memory that a call holds beyond what is held before it, gradients included; None
-    where the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call(*inputs)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what is free already would be used without a trace
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-        before = _status_bytes("VmRSS")
-        call(*inputs)
-        return _status_bytes("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def rows(
-    device: str, small: bool, ceilings: Ceilings, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    for one in cases(device, small):
-        if options.only and not any(text in one.shape for text in options.only):
-            continue
-        calls = {"ours": lambda *inputs, one=one: one.ours(torch.ops.mtp, *inputs)}
-        if options.peers:
-            calls |= {name: call for name, call in one.peers.items() if call is not None}
-        inputs = one.make()
-        peaks = {name: peak_bytes(device, call, inputs) for name, call in calls.items()}
-        del inputs
-        row = run_case("linear_mtp_loss", one, ceilings, options)
-        row["peak_bytes"] = peaks
-        known = {name: peak for name, peak in peaks.items() if peak is not None}
-        if known:
-            texts = (f"{name} {peak / 2**20:.0f} MiB" for name, peak in known.items())
-            row["notes"].append(f"peak memory: {', '.join(texts)}")
-        yield row

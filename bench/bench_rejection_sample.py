@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Case, nbytes
+from bench.report import dtype_name
 
 
 def eager_rejection_sample(
@@ -115,13 +116,13 @@ def case(
         name += "" if value is None else f" top_{label}={value}"
     return Case(
         shape=name + ("" if q == "one-hot" else f" q={q}"),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         make=make,
         ours=ours,
         read=nbytes(logits, tokens, cu, seeds, positions, probs),
         written=batch * (drafts + 3) * 4,
         peers={"eager": eager},
-        compile=False,  # minutes of compilation for a sort
+        compile=top_k is None and top_p is None,  # minutes of compilation for a sort
         check=check,
     )
 

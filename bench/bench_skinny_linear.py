@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Case, random_values
+from bench.report import dtype_name
 
 
 def make_inputs(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> tuple:
@@ -26,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, dense: Tensor) -> Te
 def case(device: str, m: int, n: int, k: int, dtype: torch.dtype) -> Case:
     return Case(
         shape=f"M={m} {n}x{k}",
-        dtype="bf16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         make=lambda: make_inputs(m, n, k, dtype, device),
         ours=lambda ops, x, weight, scale, dense: ops.skinny_linear(x, weight, weight_scale=scale),
         read=n * k * dtype.itemsize + m * k * 2 + (n * 4 if dtype == torch.int8 else 0),
@@ -48,3 +49,8 @@ def cases(device: str, small: bool) -> Iterator[Case]:
             yield case(device, m, n, k, torch.bfloat16)
     for m in (1, 4):
         yield case(device, m, 11008, 4096, torch.int8)
+
+
+def counted() -> Iterator[Case]:
+    for m in (1, 4, 16, 64):
+        yield case("cpu", m, 128 * 265, 256, torch.bfloat16)

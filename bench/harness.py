@@ -14,6 +14,8 @@ and the peers. Everything else happens here, the same way for every operator:
 """
 
 import argparse
+import ctypes
+import gc
 import importlib
 import importlib.metadata
 import itertools
@@ -26,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ class Case:
     flops: int = 0
     peers: dict[str, Callable[..., Any] | None] = field(default_factory=dict)
     compile: bool = True
+    memory: bool = False  # measure the peak of memory as well
     # Called with our result and eager's; raises if they do not do the same job.
     check: Callable[[Any, Any], None] | None = None
 
@@ -216,6 +219,34 @@ class Rotation:
 
     def next(self) -> tuple:
         return next(self._turn)
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {name}")
+
+
+def peak_bytes(device: str, call: Callable[..., Any], inputs: tuple) -> int | None:
+    """The most memory that a call holds beyond what is held before it, results included; None
+    where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(*inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what is free already would be used without a trace
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+        before = _status_bytes("VmRSS")
+        call(*inputs)
+        return _status_bytes("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
 
 
 def set_count(case_bytes: int, cache_bytes: int) -> int:
@@ -398,24 +429,26 @@ def run_case(
     failures = {}
     if options.peers:
         calls |= case.peers
-        if case.check and case.peers.get("eager"):
-            # Eager gets a copy: an operator may write into its inputs.
-            copy = clone(inputs.sets[0])
-            case.check(calls["ours"](*inputs.sets[0]), case.peers["eager"](*copy))
         if case.compile and options.compile and case.peers.get("eager"):
             torch._dynamo.reset()
             calls["compile"] = torch.compile(case.peers["eager"], dynamic=False)
-    timers = {}
+    timers, peaks = {}, {}
     for name, call in calls.items():
         if call is None:
             failures[name] = "not installed"
             continue
         try:
+            if case.memory and name != "compile":
+                peaks[name] = peak_bytes(device, call, inputs.sets[0])  # of its first call
             timers[name] = make_timer(device, call, inputs, ceilings.clock)
         except Exception as error:  # a peer that fails is a dash and a reason
             if name == "ours":
                 raise
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    if case.check and "eager" in timers:
+        # Eager gets a copy: an operator may write into its inputs.
+        copy = clone(inputs.sets[0])
+        case.check(calls["ours"](*inputs.sets[0]), calls["eager"](*copy))
     bound = ceilings.bound(case)
     timers["ceiling"] = ceilings.timer(bound)
 
@@ -434,6 +467,9 @@ def run_case(
         row["notes"].append(timers["ours"].note)
     if count * case.bytes < last_level_cache(device):
         row["notes"].append("fits in cache")
+    known = [f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items() if peak is not None]
+    if known:
+        row["notes"].append(f"peak memory: {', '.join(known)}")
     peers = {
         name: None if name in failures else describe_peer(samples[name], ours)
         for name in calls
@@ -451,6 +487,7 @@ def run_case(
         "of_ceiling": paired_ratio(ceiling, ours) * work / ceilings.work[bound],
         "peers": peers,
         "missing": failures,
+        "peak_bytes": peaks,
     }
 
 
@@ -496,10 +533,6 @@ def available() -> dict[str, str]:
     }
 
 
-def load_cases(op: str, device: str, small: bool = False) -> Iterable[Case]:
-    return importlib.import_module(available()[op]).cases(device, small)
-
-
 def run_op(op: str, ceilings: Ceilings, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one file: of its cases, or those that it measures itself, with `rows`."""
     module = importlib.import_module(available()[op])
@@ -523,12 +556,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     add("--only", metavar="TEXT", action="append", help="rows whose shape holds TEXT; repeatable")
     add("--small", action="store_true", help="shapes that only show that everything runs")
-    add("--seconds", type=float, default=3.0, help="time per row (default 3)")
+    add("--seconds", type=float, default=1.0, help="time per row (default 1)")
     add("--min-rounds", type=int, default=9)
-    add("--plot", action="store_true", help=f"write SVG plots into {HERE / 'results'}")
     add("--json", metavar="PATH", help="write everything measured")
+    add("--from", metavar="PATH", dest="source", help="take results from there, measure nothing")
+    add("--plot", action="store_true", help="write tables and figures into bench/results/")
     add("--compare", metavar="OLD.json", help="print what changed since")
-    add("--counters", action="store_true", help="counts of the simulated CUDA kernels, no times")
+    add(
+        "--counters",
+        action="store_true",
+        help="counts of the simulated CUDA kernels, no times; with --plot into bench/results/",
+    )
     options = parser.parse_args(argv)
     unknown = sorted(set(options.op) - set(available()))
     if unknown:
@@ -540,13 +578,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str]) -> int:
-    options = parse(argv)
-    ops = options.op or list(available())
-    if options.counters:
-        from bench import counters
-
-        return counters.main(ops)
+def measure(ops: Sequence[str], options: argparse.Namespace, command: str) -> dict[str, Any]:
     machine = describe_machine(options.device) | {"clock": options.clock}
     print(report.headline(machine), flush=True)
     ceilings = Ceilings(options.device, 0.01 if options.small else 1.0, CLOCKS[options.clock])
@@ -562,18 +594,31 @@ def main(argv: list[str]) -> int:
         print(file=sys.stderr)
         print(f"\n{op}\n{report.table(table)}", flush=True)
         rows += table
-    result = {
+    return {
         "schema": report.SCHEMA,
-        "command": "python -m mtp_ext bench " + " ".join(argv),
+        "command": command,
         "machine": machine,
         "ceilings": ceilings.found,
         "rows": rows,
     }
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    ops = options.op or list(available())
+    if options.counters:
+        from bench import counters
+
+        return counters.main(ops, HERE / "results" if options.plot else None)
+    if options.source:
+        result = json.loads(Path(options.source).read_text())
+    else:
+        result = measure(ops, options, "python -m mtp_ext bench " + " ".join(argv))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     if options.compare:
         print(f"\n{report.compare(json.loads(Path(options.compare).read_text()), result)}")
     if options.plot:
-        for path in report.plot(result, HERE / "results"):
+        for path in report.write(result, HERE / "results"):
             print(f"wrote {path}")
     return 0

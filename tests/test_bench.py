@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ptxsim.report import BufferCounts, LaunchReport, LineCounts
 
-from bench import counters, harness, report
+from bench import counters, harness, report, targets
 from mtp_ext import bench as command
 
 
@@ -126,7 +126,7 @@ def test_failing_peer_is_a_dash_with_a_reason(ceilings):
 def test_disagreement_with_eager_is_an_error(ceilings):
     case = make_case(ours=lambda ops, x: x, check=torch.testing.assert_close)
     with pytest.raises(AssertionError):
-        harness.run_case("op", case, ceilings, options("--peers"))
+        harness.run_case("op", case, ceilings, options("--peers", "--no-compile"))
 
 
 def test_check_sees_the_same_inputs_twice(ceilings):
@@ -147,7 +147,7 @@ def make_report(kernel: str, **changes):
     fields = dict(kernel=kernel, grid=(4, 2, 1), block=(128, 1, 1), dynamic_smem=0, static_smem=0,
                   warp_instructions=100, barriers=3)  # fmt: skip
     launch = LaunchReport(**(fields | changes))
-    launch.buffers["x"] = BufferCounts(loaded_bytes=40, load_sectors=4)
+    launch.buffers["x"] = BufferCounts(loaded_bytes=40, unique_loaded_bytes=24, load_sectors=4)
     launch.buffers["out"] = BufferCounts(stored_bytes=24)
     launch.lines[1] = LineCounts(1, "ld", "", "global", sectors=6, ideal_sectors=4)
     launch.lines[2] = LineCounts(2, "ld", "", "shared", wavefronts=5, ideal_wavefronts=2)
@@ -159,7 +159,8 @@ def test_counters():
     (line,) = counters.cells(case, [make_report("_ZN3mtp4cuda6kernelIfEEvi")])
     row = dict(zip(counters.HEADER, line))
     assert row["grid x block"] == "4x2 x 128" and row["loaded"] == "40 B"
-    assert row["x floor"] == "2.00" and row["x ideal sectors"] == "1.50"
+    assert row["x floor"] == "2.00" and row["once x floor"] == "1.50"
+    assert row["sectors"] == "6" and row["x ideal sectors"] == "1.50"
     assert row["bank conflicts"] == "3" and row["warp instructions"] == "100"
     launches = [make_report("split"), make_report("combine", grid=(1, 1, 1))]
     *parts, whole = counters.cells(case, launches)
@@ -206,7 +207,12 @@ def make_result(*rows: dict, **machine) -> dict:
     }
     described = dict(kind="cpu", device="Some CPU", cores=2, threads=2, isa="avx2", clock="wall",
                      compiler="c", commit="abc", versions={"torch": "1"})  # fmt: skip
-    return {"machine": described | machine, "ceilings": ceilings, "rows": list(rows)}
+    return {
+        "command": "bench",
+        "machine": described | machine,
+        "ceilings": ceilings,
+        "rows": list(rows),
+    }
 
 
 def test_table_shows_a_missing_peer_as_a_dash():
@@ -230,12 +236,74 @@ def test_compare():
     assert verdicts["gone"].endswith("not run")
 
 
-def test_plots_carry_device_and_commit(tmp_path):
+def test_results_carry_device_and_commit(tmp_path):
     pytest.importorskip("matplotlib")
-    paths = report.plot(make_result(make_row(), make_row(shape="M=8")), tmp_path)
-    assert [p.name for p in paths] == ["cpu-some-cpu-roofline.svg", "cpu-some-cpu-speedup.svg"]
+    rows = [make_row(), make_row(shape="M=8"), *make_decode_rows()]
+    paths = report.write(make_result(*rows), tmp_path)
+    assert [p.name for p in paths] == [
+        "cpu-some-cpu.md",
+        "cpu-some-cpu-roofline.svg",
+        "cpu-some-cpu-speedup.svg",
+        "cpu-some-cpu-decode.svg",
+    ]
     for path in paths:
         assert "Some CPU" in path.read_text() and "commit abc" in path.read_text()
+        assert path.stat().st_size < 50_000
+
+
+def make_decode_rows() -> list[dict]:
+    extra = dict(batch=1, context=44, tok_per_s=10.0, tokens_per_step=1.0, overhead=0.07, flops=0)
+    return [
+        make_row("decode", f"k={k} B=1 ctx=44", us=1e5, k=k, **extra,
+                 peers={"k=0": {"ratio": 1.0 + k / 4}, "transformers": None})
+        for k in (0, 1)
+    ]  # fmt: skip
+
+
+def test_results_text():
+    def peers(ratio):
+        return {"eager": {"ratio": ratio}, "compile": None}
+
+    rows = [
+        make_row("a", peers=peers(2.0), of_ceiling=0.6),
+        make_row("a", "M=8", peers=peers(8.0), of_ceiling=0.9),
+        make_row("a", "M=9", peers=peers(1.0), of_ceiling=9.0, dtype="int8",
+                 notes=["fits in cache"]),
+        *make_decode_rows(),
+    ]  # fmt: skip
+    text = report.results_text(make_result(*rows))
+    assert "| `a bf16` | 2 | 60%-90% | 4.00x (2.00-8.00) | - |" in text
+    assert "| `a int8` | 1 | - | 1.00x | - |" in text
+    assert "| 1 | 44 | 10.0 | 10.0 (1.25x) | - | 7% |" in text
+    assert "| k=1 B=1 ctx=44 | bf16 | 10.0 | 1.00 | 7.0% |" in text
+    assert "decoding: Python and dispatch of a step, batch 1 | <= 10.0% | 7.0% | met" in text
+
+
+def test_targets():
+    def row(op, shape, us, ratio, **changes):
+        return make_row(op, shape, us=us, peers={"eager": {"ratio": ratio}}, **changes)
+
+    head = [
+        row("head_topk", f"M={m} V=49152 H=576 k=8", us, ratio, dtype=dtype, of_ceiling=share)
+        for m, us, ratio, dtype, share in (
+            (1, 100, 1.5, "bf16", 0.9), (16, 100, 1.1, "bf16", 0.95), (1, 50, 2.5, "int8", 0.8),
+        )
+    ]  # fmt: skip
+    other = row("head_topk", "M=1 V=12288 H=576 k=8", 100, 0.1, of_ceiling=0.1)  # no target
+    sampling = [
+        row("rejection_sample", f"B={b} n=3 V=151936 top_p=0.9", us, ratio, dtype="f32")
+        for b, us, ratio in ((1, 200, 3.0), (16, 1000, 12.0))
+    ]
+    found = {line[0]: line[1:] for line in targets.table(make_result(*head, other, *sampling))}
+    assert found == {
+        "`head_topk` of the read bandwidth, M = 1..16": [">= 85%", "90%", "met"],
+        "`head_topk` over linear, topk and logsumexp": [">= 1.20x", "1.10x", "missed"],
+        "`head_topk`, time in bf16 over int8": [">= 1.70x", "2.00x", "met"],
+        "`rejection_sample` over eager, 16 requests, top_p=0.9": [">= 10.00x", "12.00x", "met"],
+        "`rejection_sample`, time of 1 request over 16, top_p=0.9": [
+            "<= 0.125x", "0.200x", "missed",
+        ],
+    }  # fmt: skip
 
 
 def test_command_says_when_it_runs_without_the_repository(monkeypatch, capsys, tmp_path):
@@ -277,7 +345,7 @@ def test_command_end_to_end(tmp_path, monkeypatch, capsys):
         assert machine[key], key
     assert machine["versions"]["torch"] == torch.__version__
     assert set(result["ceilings"]) == {"read", "copy", "matmul"}
-    assert command.main([*words, "--compare", str(path)]) == 0
+    assert command.main(["--from", str(path), "--compare", str(path)]) == 0
     assert "change from" in capsys.readouterr().out
 
 
