@@ -365,6 +365,7 @@ class PackedRows {
 
 // Asks for the rows of the tile after this one. A tile reads several short rows side by side, from
 // which no hardware prefetcher guesses what comes next; in the order of memory they are one stream.
+// Into the second-level cache: the first level can wait for few lines at a time.
 class NextRows {
  public:
   template <typename W>
@@ -376,7 +377,7 @@ class NextRows {
 
   [[gnu::always_inline]] void prefetch(int bytes) {
     for (int done = 0; done < bytes; done += kLineBytes) {
-      __builtin_prefetch(line_);
+      __builtin_prefetch(line_, 0, 2);
       line_ += kLineBytes;
       if (line_ >= row_end_) {
         line_ = row_end_ + gap_;
