@@ -53,6 +53,16 @@ inline void torch_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t
   }
 }
 
+inline void torch_gemm_bf16(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_stride,
+                            const void* b, int64_t b_stride, void* c, int64_t c_stride) {
+  const auto matrix = [](const void* p, int64_t rows, int64_t columns, int64_t stride) {
+    return at::from_blob(const_cast<void*>(p), {rows, columns}, {stride, 1},
+                         at::TensorOptions(at::kBFloat16));
+  };
+  at::Tensor out = matrix(c, m, n, c_stride);
+  at::mm_out(out, matrix(a, m, k, a_stride), matrix(b, k, n, b_stride));
+}
+
 // Which gradients a call of _<op> has to return.
 struct WantedGradients {
   bool hidden, weight, bias;
@@ -148,6 +158,7 @@ inline void fill_params(MtpLossParams& p, const MtpLossArguments& a, const MtpLo
   p.grad_bias = data_ptr<float>(r.grad_bias, "grad_bias");
   p.workspace = nullptr;
   p.gemm = &torch_gemm;
+  p.gemm_bf16 = &torch_gemm_bf16;
   p.k = a.hidden.size(0);
   p.t = a.hidden.size(1);
   p.h = a.hidden.size(2);

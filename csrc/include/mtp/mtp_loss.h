@@ -25,6 +25,9 @@ constexpr int kMaxDepths = 64;
 using Gemm = void (*)(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a,
                       int64_t a_stride, const float* b, int64_t b_stride, bool accumulate, float* c,
                       int64_t c_stride);
+// The same of bf16 matrices as they lie, a sum in f32 rounded once.
+using GemmBf16 = void (*)(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_stride,
+                          const void* b, int64_t b_stride, void* c, int64_t c_stride);
 
 struct MtpLossParams {
   const void* hidden;          // [K, T, H]
@@ -41,6 +44,7 @@ struct MtpLossParams {
   float* grad_bias;            // [V], or null
   void* workspace;             // <op>_workspace() bytes, 64-byte aligned
   Gemm gemm;                   // cpu: PyTorch's own
+  GemmBf16 gemm_bf16;          // likewise
   int64_t k, t, h, v, documents;
   int64_t depth_stride, row_stride;  // of hidden
   int64_t weight_stride;             // between rows
