@@ -62,6 +62,26 @@ def total_bytes(launches: list) -> int:
     )
 
 
+# Rows per call for which the traffic of a large layer is counted.
+STREAMED_ROWS = [1, 4, 16, 64]
+
+
+def assert_near_floor(
+    launches: list, weight: torch.Tensor, *others: torch.Tensor, workspace: bool = True
+) -> None:
+    """Weight bytes are loaded once, and everything together is within 3% of the floor: each byte
+    of the tensors once. What CTAs read again counts once, as it comes from L2; what they leave for
+    each other in the workspace counts as a store and a load, unless told otherwise."""
+    buffers = [item for launch in launches for item in launch.buffers.items()]
+    assert sum(b.loaded_bytes for name, b in buffers if name == "weight") == weight.nbytes
+    moved = sum(
+        b.unique_loaded_bytes + b.stored_bytes + b.atomic_bytes
+        for name, b in buffers
+        if workspace or name != "workspace"
+    )
+    assert moved <= 1.03 * sum(t.nbytes for t in (weight, *others))
+
+
 def assert_streams_once(launches: list, weight: torch.Tensor) -> None:
     """The first launch loads every weight byte once, in whole sectors, and no other loads any;
     shared memory has no bank conflicts."""

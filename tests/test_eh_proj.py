@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from projections import (
     FLOATS,
+    STREAMED_ROWS,
     assert_as_good_as,
+    assert_near_floor,
     assert_streams_once,
     make_weight,
     normal,
@@ -195,6 +197,26 @@ def test_total_traffic(backend, simulator):
         run(backend, arguments, keywords)
     floor = arguments[3].nbytes + 2 * 2 * h * 2 + 2 * n * 2  # weights, rows, norms, bias, result
     assert total_bytes(launches) <= 1.03 * floor
+
+
+@pytest.mark.parametrize("m", STREAMED_ROWS)
+def test_traffic_near_floor(backend, simulator, m):
+    """The halves of the weight, for embeddings and for hidden states, leave their sums in f32: two
+    parts of k, which 2 * h columns outweigh up to h / 134 rows. Beyond, they count apart."""
+    h, n = 2304 if m == 16 else 576, 128 * 67
+    ids = torch.arange(m)
+    embedding, hidden = (torch.ones(m, h, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.zeros(n, 2 * h, dtype=torch.bfloat16)
+    norms = [torch.ones(h, dtype=torch.bfloat16) for _ in range(2)]
+    with simulator.record() as launches:
+        out = backend.ops.eh_proj(
+            ids, hidden, embedding, weight, enorm_weight=norms[0], hnorm_weight=norms[1]
+        )
+    inputs = (ids, hidden, embedding, *norms)
+    (stream,) = launches
+    parts = 2 * m * n * 4
+    assert parts <= stream.stored_bytes("workspace") <= 1.01 * parts
+    assert_near_floor(launches, weight, *inputs, out, workspace=m <= 16)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

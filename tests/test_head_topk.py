@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from projections import (
     COUNTED,
     FLOATS,
+    STREAMED_ROWS,
     WEIGHTS,
+    assert_near_floor,
     assert_streams_once,
     eager_weight,
     error,
@@ -245,6 +247,16 @@ def test_total_traffic(backend, simulator):
     assert stream.loaded_bytes("hidden") == stream.grid[0] * x.nbytes
     floor = w.nbytes + x.nbytes + m * (8 + 4 + 4)
     assert total_bytes(launches) <= 1.03 * floor
+
+
+@pytest.mark.parametrize("m", STREAMED_ROWS)
+def test_traffic_near_floor(backend, simulator, m):
+    """What every CTA leaves for the merge included: its best k, and a sum of every tile."""
+    v, h = 49152, 256
+    w, x = torch.zeros(v, h, dtype=torch.bfloat16), torch.ones(m, h, dtype=torch.bfloat16)
+    with simulator.record() as launches:
+        results = backend.ops.head_topk(x, w, 1)
+    assert_near_floor(launches, w, x, *results)
 
 
 def test_argmax_is_leaner_than_top_2(backend, simulator):
