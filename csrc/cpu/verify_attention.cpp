@@ -1,18 +1,29 @@
 // Every K and V byte is read once per request and KV head, in its own dtype and straight from its
 // page: the q_len x group query rows that share it are packed and meet it while it is in L1.
 //
-// Keys come in tiles of 32 positions. A tile's keys are widened and transposed once ([D][16 keys]),
-// its values widened once; then both products are small matrix products of register blocks
-// (rows x keys, rows x dims) against them, and the softmax is online per tile. Tiles and splits of
-// 1024 keys start at absolute multiples, a split's sums start from zero, and splits are merged in
-// ascending order whether one thread walks them all or many take one each. Within a row every sum
-// runs over ascending d or ascending keys. So a row's bits depend on its query, keys and position,
-// never on the rows that share its tile, on the threads or on the pages.
+// Keys come in tiles of 32 positions. A tile's keys are transposed once ([words][16 keys]); then
+// both products are small matrix products of register blocks (rows x keys, rows x dims), and the
+// softmax is online per tile. The transposition pays even for one head's few rows: dots straight
+// from the rows would need as many shuffles to add up their lanes.
+//
+// A word is an f32, widened from whatever the cache holds, or, where the processor multiplies them,
+// a pair of bf16: two dims of a key, or one dim of two neighbouring keys' values. Then keys and
+// values stay bf16, and p is rounded to bf16 for the second product; its sum is not.
+//
+// Memory: an item takes several KV heads of a request and goes through them tile by tile, since
+// with NHD their rows are neighbours. The rows of the next head or tile are asked for in small
+// portions while this one is multiplied; in one go they would fill the queue and stall.
+//
+// Tiles and splits of 1024 keys start at absolute multiples, a split's sums start from zero, and
+// splits are merged in ascending order whether one thread walks them all or many take one each.
+// Within a row every sum runs over ascending d or ascending keys. So a row's bits depend on its
+// query, keys and position, never on the rows that share its tile, on the threads or on the pages.
 #include "mtp/verify_attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "cpu/common/isa.h"
 #include "cpu/common/kv_rows.h"
@@ -25,19 +36,24 @@ constexpr int kTile = 32;         // keys per softmax step
 constexpr int64_t kSplit = 1024;  // keys per partial result
 constexpr int kRows = 64;         // packed query rows per work item
 constexpr int kMaxDim = 256;
+constexpr int kState = 4096;  // outputs that an item of several heads may hold
 constexpr int kPanels = kTile / kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+using KeyBits = uint32_t;  // one per key of a tile
 
 // Register blocks: with 16 ymm registers, six rows by one 16-lane vector or three by two; with 32
-// zmm registers, six rows by two.
+// zmm registers, six rows by two or three by four.
 constexpr int kBlockRows = 6;
-constexpr int wide(int rows) { return MTP_ISA_LEVEL >= 2 || rows <= 3 ? 2 : 1; }
+constexpr int wide(int rows) { return (MTP_ISA_LEVEL >= 2 ? 2 : 1) * (rows <= 3 ? 2 : 1); }
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
 // ---- how the work is cut ---------------------------------------------------------------------
 
 struct Plan {
+  int64_t heads = 1;      // KV heads per work item
   int64_t row_tiles = 0;  // of the longest request
   int64_t splits = 0;     // of the longest context
   bool partials = false;  // one work item per split, merged by a second pass
@@ -57,16 +73,102 @@ Plan make_plan(const VerifyAttentionParams& p) {
     work += end * count * p.q_heads * a.head_dim;
   });
   Plan plan;
+  const int64_t rows = std::clamp<int64_t>(longest * group, 1, kRows);
+  plan.heads = std::clamp<int64_t>(kState / (rows * a.head_dim), 1,
+                                   std::min<int64_t>(a.kv_heads, kRows / rows));
   plan.row_tiles = ceil_div<int64_t>(longest * group, kRows);
   plan.splits = std::max<int64_t>(1, ceil_div(keys, kSplit));
   constexpr int64_t kWorthThreads = 1 << 18;
   plan.parallel = work >= kWorthThreads && max_threads() > 1;
-  const int64_t items = a.batch * a.kv_heads * plan.row_tiles;
-  plan.partials = plan.parallel && plan.splits > 1 && items < 4 * max_threads();
+  if (!plan.parallel) return plan;
+  // Some items for each thread: from splits, and if those do not suffice, from heads.
+  const int64_t wanted = 4 * max_threads(), tiles = a.batch * plan.row_tiles;
+  plan.partials = plan.splits > 1 && tiles * ceil_div(a.kv_heads, plan.heads) < wanted;
+  const int64_t units = tiles * (plan.partials ? plan.splits : 1);
+  if (units * ceil_div(a.kv_heads, plan.heads) < wanted) {
+    plan.heads = std::clamp<int64_t>(units * a.kv_heads / wanted, 1, plan.heads);
+  }
   return plan;
 }
 
-// ---- tiles -----------------------------------------------------------------------------------
+// ---- words -----------------------------------------------------------------------------------
+
+// Both products multiply words of 32 bits: one f32, or, where the processor multiplies them, two
+// bf16 that are neighbours along the sum.
+template <typename Q, typename C>
+constexpr bool kPairs = MTP_ISA_LEVEL >= 3 && std::is_same_v<Q, BF16> &&
+                        (std::is_same_v<C, BF16> || std::is_same_v<C, F8E4M3>);
+
+template <bool pairs>
+F32x16 dot(F32x16 a, F32x16 b, F32x16 sum) {
+#if MTP_ISA_LEVEL >= 3
+  if constexpr (pairs) return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
+  return fmadd(a, b, sum);
+}
+
+#if MTP_ISA_LEVEL >= 2
+
+// Which elements of sixteen words exist, if `left` do.
+inline __mmask32 first_elements(int64_t left) { return left >= 32 ? ~0u : (1u << left) - 1; }
+
+// Sixteen words of a row; elements outside the mask are zero.
+inline __m512i load_words(const float* row, __mmask32 mask) {
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), row);
+}
+template <typename T>
+__m512i load_words(const T* row, __mmask32 mask) {
+  if constexpr (!std::is_same_v<T, F8E4M3>) return _mm512_maskz_loadu_epi16(mask, row);
+  // As bf16: the exponent's bias moves from 7 to 127; the eight subnormals are looked up.
+  const __m512i b = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row));
+  const __m512i magnitude = _mm512_and_si512(b, _mm512_set1_epi16(0x7f));
+  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(b, _mm512_set1_epi16(0x80)), 8);
+  const __m512i subnormal = _mm512_castsi128_si512(
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  __m512i x = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  x = _mm512_mask_permutexvar_epi16(x, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)),
+                                    magnitude, subnormal);
+  x = _mm512_mask_mov_epi16(x, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                            _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(x, sign);
+}
+
+// r[i] word j becomes r[j] word i.
+[[gnu::always_inline]] inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = i; j < i + 4; ++j) {
+      t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+      t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+
+// A pair of bf16 or f16 to two f32.
+template <typename T>
+F32x16 widen_half(__m512i pair, bool odd) {
+  if constexpr (std::is_same_v<T, F16>) {
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd ? _mm512_srli_epi32(pair, 16) : pair))};
+  }
+  return {_mm512_castsi512_ps(odd ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000))
+                                  : _mm512_slli_epi32(pair, 16))};
+}
+
+#endif
 
 #if MTP_ISA_LEVEL >= 1
 inline __m256 widen(const float* in) { return _mm256_loadu_ps(in); }
@@ -99,120 +201,242 @@ void widen8(const T* in, float* out) {
 #endif
 }
 
-// Eight keys, from rows to out[d * kLanes + key]. Its own function, for the registers' sake.
-template <typename T>
-[[gnu::noinline]] void transpose_rows(const T* const* rows, int64_t dim, float* out) {
-#if MTP_ISA_LEVEL >= 1
-  const T *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-  const T *r4 = rows[4], *r5 = rows[5], *r6 = rows[6], *r7 = rows[7];
-  for (int64_t d = 0; d < dim; d += 8, out += 8 * kLanes) {
-    // Pairs of keys four apart share a register: the last exchange of halves is a store.
-    const auto half = [&](const T* a, const T* b, const T* c, const T* e, float* to) {
-      const __m256 x0 = widen(a + d), x1 = widen(b + d), x2 = widen(c + d), x3 = widen(e + d);
-      const __m256 p0 = _mm256_unpacklo_ps(x0, x1), p1 = _mm256_unpackhi_ps(x0, x1);
-      const __m256 p2 = _mm256_unpacklo_ps(x2, x3), p3 = _mm256_unpackhi_ps(x2, x3);
-      const __m256 q0 = _mm256_shuffle_ps(p0, p2, 0x44), q1 = _mm256_shuffle_ps(p0, p2, 0xee);
-      const __m256 q2 = _mm256_shuffle_ps(p1, p3, 0x44), q3 = _mm256_shuffle_ps(p1, p3, 0xee);
-      _mm_storeu_ps(to, _mm256_castps256_ps128(q0));
-      _mm_storeu_ps(to + kLanes, _mm256_castps256_ps128(q1));
-      _mm_storeu_ps(to + 2 * kLanes, _mm256_castps256_ps128(q2));
-      _mm_storeu_ps(to + 3 * kLanes, _mm256_castps256_ps128(q3));
-      _mm_storeu_ps(to + 4 * kLanes, _mm256_extractf128_ps(q0, 1));
-      _mm_storeu_ps(to + 5 * kLanes, _mm256_extractf128_ps(q1, 1));
-      _mm_storeu_ps(to + 6 * kLanes, _mm256_extractf128_ps(q2, 1));
-      _mm_storeu_ps(to + 7 * kLanes, _mm256_extractf128_ps(q3, 1));
-    };
-    half(r0, r1, r2, r3, out);
-    half(r4, r5, r6, r7, out + 4);
+// Sixteen keys, from rows to out[word * kLanes + key]. Whole chunks of sixteen words are written.
+template <bool pairs, typename T>
+[[gnu::noinline]] void transpose_keys(const T* const* rows, int64_t dim, float* out) {
+#if MTP_ISA_LEVEL >= 2
+  constexpr int kChunk = std::is_same_v<T, float> ? 16 : 32;
+  for (int64_t d = 0; d < dim; d += kChunk) {
+    __m512i r[16];
+    const __mmask32 mask = first_elements(dim - d);
+    for (int i = 0; i < 16; ++i) r[i] = load_words(rows[i] + d, mask);
+    transpose16(r);
+    for (int i = 0; i < 16; ++i) {
+      if constexpr (pairs || std::is_same_v<T, float>) {
+        store(out, {_mm512_castsi512_ps(r[i])});
+        out += kLanes;
+      } else {
+        store(out, widen_half<T>(r[i], false));
+        store(out + kLanes, widen_half<T>(r[i], true));
+        out += 2 * kLanes;
+      }
+    }
+  }
+#elif MTP_ISA_LEVEL == 1
+  for (int first = 0; first < kLanes; first += 8, out += 8) {
+    const T *r0 = rows[first], *r1 = rows[first + 1], *r2 = rows[first + 2], *r3 = rows[first + 3];
+    const T *r4 = rows[first + 4], *r5 = rows[first + 5];
+    const T *r6 = rows[first + 6], *r7 = rows[first + 7];
+    for (int64_t d = 0; d < dim; d += 8) {
+      // Pairs of keys four apart share a register: the last exchange of halves is a store.
+      const auto half = [&](const T* a, const T* b, const T* c, const T* e, float* to) {
+        const __m256 x0 = widen(a + d), x1 = widen(b + d), x2 = widen(c + d), x3 = widen(e + d);
+        const __m256 p0 = _mm256_unpacklo_ps(x0, x1), p1 = _mm256_unpackhi_ps(x0, x1);
+        const __m256 p2 = _mm256_unpacklo_ps(x2, x3), p3 = _mm256_unpackhi_ps(x2, x3);
+        const __m256 q0 = _mm256_shuffle_ps(p0, p2, 0x44), q1 = _mm256_shuffle_ps(p0, p2, 0xee);
+        const __m256 q2 = _mm256_shuffle_ps(p1, p3, 0x44), q3 = _mm256_shuffle_ps(p1, p3, 0xee);
+        _mm_storeu_ps(to, _mm256_castps256_ps128(q0));
+        _mm_storeu_ps(to + kLanes, _mm256_castps256_ps128(q1));
+        _mm_storeu_ps(to + 2 * kLanes, _mm256_castps256_ps128(q2));
+        _mm_storeu_ps(to + 3 * kLanes, _mm256_castps256_ps128(q3));
+        _mm_storeu_ps(to + 4 * kLanes, _mm256_extractf128_ps(q0, 1));
+        _mm_storeu_ps(to + 5 * kLanes, _mm256_extractf128_ps(q1, 1));
+        _mm_storeu_ps(to + 6 * kLanes, _mm256_extractf128_ps(q2, 1));
+        _mm_storeu_ps(to + 7 * kLanes, _mm256_extractf128_ps(q3, 1));
+      };
+      half(r0, r1, r2, r3, out + d * kLanes);
+      half(r4, r5, r6, r7, out + d * kLanes + 4);
+    }
   }
 #else
   for (int64_t d = 0; d < dim; ++d) {
-    for (int i = 0; i < 8; ++i) out[d * kLanes + i] = to_float(rows[i][d]);
+    for (int i = 0; i < kLanes; ++i) out[d * kLanes + i] = to_float(rows[i][d]);
   }
 #endif
 }
 
-template <typename T>
-[[gnu::noinline]] void widen_row(const T* in, int64_t dim, float* out) {
+// A row to f32 or, for pairs, to bf16; elements up to `padded` are zero.
+template <typename In>
+void widen_row(const In* in, int64_t dim, int64_t padded, float* out) {
   for (int64_t d = 0; d < dim; d += 8) widen8(in + d, out + d);
+  std::fill(out + dim, out + padded, 0.0f);
+}
+#if MTP_ISA_LEVEL >= 3
+template <typename In>
+void widen_row(const In* in, int64_t dim, int64_t padded, BF16* out) {
+  for (int64_t d = 0; d < padded; d += 2 * kLanes) {
+    _mm512_storeu_si512(out + d, load_words(in + d, first_elements(dim - d)));
+  }
+}
+#endif
+
+// ---- the two products ------------------------------------------------------------------------
+
+// Loops over registers carry an unroll pragma: unrolled any later, GCC keeps their arrays in memory
+// and stores every sum at every step.
+
+// Asks for a line into the second-level cache, which has more requests under way than the first.
+[[gnu::always_inline]] inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+template <typename T>
+[[gnu::always_inline]] inline void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) prefetch(row + d);
 }
 
-// scores[r][key] = q[r] . key, over ascending d.
-template <int R, int W>
-void score_block(const float* q, const float* keys, int64_t dim, float* scores) {
+// The rows of the next tile. Each block of rows asks for its share of them while it multiplies, so
+// that requests are spread over the time that the tile takes: a burst would stall.
+constexpr int kNever = 1 << 30;
+template <typename T>
+struct Ahead {
+  const T* const* rows;
+  int first, every;  // of a block's steps
+};
+
+// scores[r][key] = q[r] . key, over ascending words.
+template <bool pairs, int R, int W, typename T>
+void score_block(const float* q, const float* keys, int64_t words, int64_t panel, Ahead<T> ahead,
+                 float* scores) {
+  constexpr int kLine = 64 / sizeof(T);
   F32x16 sum[R][W];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) sum[r][w] = zero();
   }
-  for (int64_t d = 0; d < dim; ++d) {
+  const int64_t asks = ceil_div<int64_t>(pairs ? 2 * words : words, kLine) * kLanes;
+  int64_t due = ahead.first;
+  for (int64_t i = 0; i < words; ++i) {
+    if (i == due && i < asks) {
+      due += ahead.every;
+      for (int w = 0; w < W; ++w) {
+        prefetch(ahead.rows[w * kLanes + i % kLanes] + i / kLanes * kLine);
+      }
+    }
     F32x16 key[W];
-    for (int w = 0; w < W; ++w) key[w] = load(keys + (w * dim + d) * kLanes);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) key[w] = load(keys + w * panel + i * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F32x16 x = broadcast(q[r * dim + d]);
-      for (int w = 0; w < W; ++w) sum[r][w] = fmadd(x, key[w], sum[r][w]);
+      const F32x16 x = broadcast(q[r * words + i]);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, key[w], sum[r][w]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) store(scores + r * kTile + w * kLanes, sum[r][w]);
   }
 }
 
-template <int R>
-void score_rows(const float* q, const float* keys, int64_t dim, float* scores) {
-  constexpr int W = wide(R);
-  for (int panel = 0; panel < kPanels; panel += W) {
-    score_block<R, W>(q, keys + panel * dim * kLanes, dim, scores + panel * kLanes);
+template <bool pairs, int R, typename T>
+void score_rows(const float* q, const float* keys, int64_t words, int64_t panel, int panels,
+                Ahead<T> ahead, float* scores) {
+  constexpr int W = std::min(wide(R), kPanels);
+  int i = 0;
+  for (; i + W <= panels; i += W, ahead.rows += W * kLanes) {
+    score_block<pairs, R, W>(q, keys + i * panel, words, panel, ahead, scores + i * kLanes);
+  }
+  for (; i < panels; ++i, ahead.rows += kLanes) {
+    score_block<pairs, R, 1>(q, keys + i * panel, words, panel, ahead, scores + i * kLanes);
   }
 }
 
-// The widened values of a tile, and the rows they come from: two sources for value_block.
-struct WideValues {
-  const float* values;
-  int64_t stride;
-  F32x16 operator()(int key, int64_t d) const { return load(values + key * stride + d); }
-};
-template <typename T>
-struct ValueRows {
-  const T* const* rows;
-  F32x16 operator()(int key, int64_t d) const { return load(rows[key] + d); }
+// Sixteen dims of a key's value or, for pairs, of two keys': then a pair of registers holds dims
+// 0-3, 8-11, 16-19, 24-27 and the others of 32.
+template <bool pairs, int W, typename T>
+struct ValueWords {
+  ValueWords(const T* const* rows, int64_t d, [[maybe_unused]] int64_t dim) : rows_(rows), d_(d) {
+#if MTP_ISA_LEVEL >= 3
+    for (int w = 0; pairs && w < W; w += 2) mask_[w / 2] = first_elements(dim - d - w * kLanes);
+#endif
+  }
+
+  [[gnu::always_inline]] void prefetch_step(const T* const* next, int step) const {
+    constexpr int kKeys = pairs ? 2 : 1, kLine = 64 / sizeof(T);
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key) {
+#pragma GCC unroll 8
+      for (int i = 0; i < W * kLanes; i += kLine) prefetch(next[step * kKeys + key] + d_ + i);
+    }
+  }
+
+  void load_step(int step, F32x16 value[W]) const {
+#if MTP_ISA_LEVEL >= 3
+    if constexpr (pairs) {
+      const T *first = rows_[2 * step] + d_, *second = rows_[2 * step + 1] + d_;
+#pragma GCC unroll 8
+      for (int w = 0; w < W; w += 2) {
+        const __m512i a = load_words(first + w * kLanes, mask_[w / 2]);
+        const __m512i b = load_words(second + w * kLanes, mask_[w / 2]);
+        value[w] = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b))};
+        value[w + 1] = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b))};
+      }
+      return;
+    }
+#endif
+    const T* row = rows_[step] + d_;
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) value[w] = load(row + w * kLanes);
+  }
+
+  const T* const* rows_;
+  int64_t d_;
+#if MTP_ISA_LEVEL >= 3
+  __mmask32 mask_[(W + 1) / 2];
+#endif
 };
 
 // out[r] = out[r] * keep[r] + sum over ascending keys of p[r][key] * value[key], from dim d.
-template <int R, int W, typename Values>
-void value_block(const float* p, const float* keep, const Values& values, int64_t d, int64_t stride,
-                 float* out) {
+template <bool pairs, int R, int W, typename T>
+void value_block(const float* p, const float* keep, const T* const* rows, Ahead<T> ahead, int steps,
+                 int64_t d, int64_t dim, int64_t stride, float* out) {
+  const ValueWords<pairs, W, T> values(rows, d, dim);
   out += d;
   F32x16 sum[R][W];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
       sum[r][w] = load(out + r * stride + w * kLanes) * broadcast(keep[r]);
     }
   }
-  for (int key = 0; key < kTile; ++key) {
+  int due = ahead.first;
+  for (int step = 0; step < steps; ++step) {
+    if (step == due) {
+      due += ahead.every;
+      values.prefetch_step(ahead.rows, step);
+    }
     F32x16 value[W];
-    for (int w = 0; w < W; ++w) value[w] = values(key, d + w * kLanes);
+    values.load_step(step, value);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F32x16 x = broadcast(p[r * kTile + key]);
-      for (int w = 0; w < W; ++w) sum[r][w] = fmadd(x, value[w], sum[r][w]);
+      const F32x16 x = broadcast(p[r * kTile + step]);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, value[w], sum[r][w]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) store(out + r * stride + w * kLanes, sum[r][w]);
   }
 }
 
-template <int R, typename Values>
-void value_rows(const float* p, const float* keep, const Values& values, int64_t stride,
-                float* out) {
-  constexpr int W = wide(R);
+template <bool pairs, int R, typename T>
+void value_rows(const float* p, const float* keep, const T* const* rows, Ahead<T> ahead, int steps,
+                int64_t dim, int64_t stride, float* out) {
+  constexpr int W = wide(R), kLeast = pairs ? 2 : 1;
   int64_t d = 0;
   for (; d + W * kLanes <= stride; d += W * kLanes) {
-    value_block<R, W>(p, keep, values, d, stride, out);
+    value_block<pairs, R, W>(p, keep, rows, ahead, steps, d, dim, stride, out);
   }
-  for (; d < stride; d += kLanes) value_block<R, 1>(p, keep, values, d, stride, out);
+  for (; d < stride; d += kLeast * kLanes) {
+    value_block<pairs, R, kLeast>(p, keep, rows, ahead, steps, d, dim, stride, out);
+  }
 }
 
-// Calls body(first row, constant row count) on near-equal blocks of at most kBlockRows.
+// Calls body(first row, constant row count, block, blocks) on near-equal blocks of at most
+// kBlockRows.
 template <typename Body>
 void for_row_blocks(int rows, const Body& body) {
   const int blocks = ceil_div(rows, kBlockRows);
@@ -220,79 +444,101 @@ void for_row_blocks(int rows, const Body& body) {
     const int count = rows * (i + 1) / blocks - first;
     switch (count) {
       case 1:
-        body(first, std::integral_constant<int, 1>{});
+        body(first, std::integral_constant<int, 1>{}, i, blocks);
         break;
       case 2:
-        body(first, std::integral_constant<int, 2>{});
+        body(first, std::integral_constant<int, 2>{}, i, blocks);
         break;
       case 3:
-        body(first, std::integral_constant<int, 3>{});
+        body(first, std::integral_constant<int, 3>{}, i, blocks);
         break;
       case 4:
-        body(first, std::integral_constant<int, 4>{});
+        body(first, std::integral_constant<int, 4>{}, i, blocks);
         break;
       case 5:
-        body(first, std::integral_constant<int, 5>{});
+        body(first, std::integral_constant<int, 5>{}, i, blocks);
         break;
       default:
-        body(first, std::integral_constant<int, 6>{});
+        body(first, std::integral_constant<int, 6>{}, i, blocks);
     }
     first += count;
   }
 }
 
-// As exp, for x <= 0 or NaN, which is all that a softmax asks for.
-[[gnu::always_inline]] inline F32x16 exp_nonpositive(F32x16 x) {
-  const F32x16 n = round_to_int(max(x * broadcast(1.44269504088896341f), broadcast(-126.0f)));
-  F32x16 r = fmadd(n, broadcast(-0.693359375f), x);
-  r = fmadd(n, broadcast(2.12194440e-4f), r);
-  F32x16 y = broadcast(1.9875691500e-4f);
-  y = fmadd(y, r, broadcast(1.3981999507e-3f));
-  y = fmadd(y, r, broadcast(8.3334519073e-3f));
-  y = fmadd(y, r, broadcast(4.1665795894e-2f));
-  y = fmadd(y, r, broadcast(1.6666665459e-1f));
-  y = fmadd(y, r, broadcast(5.0000001201e-1f));
-  y = fmadd(y, r * r, r + broadcast(1.0f)) * pow2i(n);
-  return select(x < broadcast(-87.3f), zero(), y);
+// 2^x for x <= 0 or NaN, which is all that a softmax asks for; 0 below 2^-126. To 1 ulp or so.
+[[gnu::always_inline]] inline F32x16 exp2_nonpositive(F32x16 x) {
+#if MTP_ISA_LEVEL >= 2
+  const F32x16 n = round_to_int(x);
+#else
+  const F32x16 n = round_to_int(max(x, broadcast(-126.0f)));
+#endif
+  const F32x16 r = x - n;
+  F32x16 y = broadcast(1.53533620e-4f);
+  y = fmadd(y, r, broadcast(1.33988750e-3f));
+  y = fmadd(y, r, broadcast(9.61843692e-3f));
+  y = fmadd(y, r, broadcast(5.55033237e-2f));
+  y = fmadd(y, r, broadcast(0.240226477f));
+  y = fmadd(y, r, broadcast(0.693147182f));
+  y = fmadd(y, r, broadcast(1.0f));
+#if MTP_ISA_LEVEL >= 2
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, y.v, n.v)};
+#else
+  return select(x < broadcast(-126.0f), zero(), y * pow2i(n));
+#endif
 }
 
-float exp_of(float x) {  // for x <= 0
+float exp2_of(float x) {  // for x <= 0
   float lane[kLanes];
-  store(lane, exp_nonpositive(broadcast(x)));
+  store(lane, exp2_nonpositive(broadcast(x)));
   return lane[0];
 }
 
 // ---- one work item ---------------------------------------------------------------------------
 
-template <typename C>
+template <typename Q, typename C>
 struct alignas(64) Scratch {
-  float q[kRows * kMaxDim];       // [rows][D]
-  float keys[kTile * kMaxDim];    // [panel][D][16 keys]
-  float values[kTile * kMaxDim];  // [key][D16]: D16 is D rounded up to 16
-  float p[kRows * kTile];         // scores, then probabilities
-  float out[kRows * kMaxDim];     // [rows][D16], of the split at hand
-  float sum[kRows * kLanes];      // per-lane sums of p, of the split at hand
-  float max[kRows], keep[kRows];
+  using Wide = std::conditional_t<kPairs<Q, C>, BF16, float>;
+  float q[kRows * kMaxDim];      // words: [rows][D]
+  float keys[kTile * kMaxDim];   // words: [panel][D][16 keys]
+  Wide values[kTile * kMaxDim];  // [key][stride], where rows are not read from their page
+  float p[kRows * kTile];        // scores, then words of probabilities
+  float out[kRows * kMaxDim];    // [rows][stride], of the split at hand
+  float sum[kRows * kLanes];     // per-lane sums of p, of the split at hand
+  float max[kRows * kLanes];     // by head and row: [head][rows rounded up to 16]
+  float keep[kRows];
   float total_out[kRows * kMaxDim];
   float total_max[kRows], total_sum[kRows];
-  uint32_t seen[kRows];        // by row: bit j is key j of the tile
+  KeyBits seen[kRows];         // by row: bit j is key j of the tile
   C new_key[kTile * kMaxDim];  // new rows as stored, where that is not the input's dtype
   C new_value[kTile * kMaxDim];
-  C hidden[kMaxDim];  // zeros, in the place of rows that no query sees
+  unsigned char zeros[kMaxDim * sizeof(float)];  // in the place of rows that no query sees
 };
 
 template <typename Q, typename C>
 class Item {
+  using Wide = typename Scratch<Q, C>::Wide;
+  static constexpr bool pairs = kPairs<Q, C>;
+
  public:
-  Item(const VerifyAttentionParams& p, Scratch<C>& scratch, int64_t b, RowRange rows, int64_t head,
-       int64_t row_tile)
-      : p_(p), a_(p.append), s_(scratch), b_(b), head_(head), first_token_(rows.begin) {
+  // KV heads [head, head_end) of request b, whose tokens are `tokens`.
+  Item(const VerifyAttentionParams& p, Scratch<Q, C>& scratch, int64_t b, RowRange tokens,
+       int64_t head, int64_t head_end, int64_t row_tile)
+      : p_(p),
+        a_(p.append),
+        s_(scratch),
+        b_(b),
+        first_token_(tokens.begin),
+        head_(head),
+        heads_(static_cast<int>(head_end - head)) {
     group_ = p.q_heads / a_.kv_heads;
-    count_ = std::min(rows.end - rows.begin, p.max_q_len);
+    count_ = std::min(tokens.end - tokens.begin, p.max_q_len);
     first_row_ = row_tile * kRows;
     rows_ = static_cast<int>(std::min<int64_t>(kRows, count_ * group_ - first_row_));
+    max_stride_ = static_cast<int>(round_up(std::max(rows_, 0), kLanes));
     dim_ = a_.head_dim;
-    stride_ = round_up(dim_, kLanes);
+    words_ = words_of(dim_);
+    stride_ = round_up(dim_, pairs ? 2 * kLanes : kLanes);
     length_ = std::max<int64_t>(a_.cache_lens[b], 0);
     if (rows_ <= 0) return;
 
@@ -307,6 +553,13 @@ class Item {
       begin_ = std::clamp<int64_t>(begin_, 0, std::min(length_, end_));
       if (!p.tree_mask) begin_ = std::max(begin_, position(first_row_ / group_) - p.window + 1);
     }
+    // Those that all rows see include [all_begin_, all_end_).
+    all_end_ = std::min(p.tree_mask ? length_ : length_ + first_row_ / group_ + 1, end_);
+    if (p.window >= 1) {
+      for (int64_t i = first_row_ / group_; i <= last_token; ++i) {
+        all_begin_ = std::max(all_begin_, position(i) - p.window + 1);
+      }
+    }
   }
 
   bool empty() const { return rows_ <= 0; }
@@ -315,108 +568,167 @@ class Item {
 
   void load_queries() {
     const Q* q = static_cast<const Q*>(p_.q);
-    for (int r = 0; r < rows_; ++r) {
-      const Q* row = q + token(r) * p_.q_token_stride + q_head(r) * p_.q_head_stride;
-      widen_row(row, dim_, s_.q + r * dim_);
-    }
-    std::fill_n(s_.hidden, dim_, C{});
+    for_each_row([&](int row, int h, int r) {
+      const Q* in = q + token(r) * p_.q_token_stride + q_head(h, r) * p_.q_head_stride;
+      float* words = s_.q + row * words_;
+      if constexpr (pairs) {
+        std::memcpy(words, in, dim_ * sizeof(Q));
+      } else {
+        widen_row(in, dim_, dim_, words);
+      }
+      s_.total_max[row] = -kInfinity;
+    });
+    std::memset(s_.zeros, 0, sizeof(s_.zeros));
   }
 
-  // Leaves the split's maxima, sums per lane and unnormalised outputs in the scratch.
-  void attend_split(int64_t split) {
-    std::fill_n(s_.out, rows_ * stride_, 0.0f);
-    std::fill_n(s_.sum, rows_ * kLanes, 0.0f);
-    std::fill_n(s_.max, rows_, -kInfinity);
+  // Leaves the split's maxima, sums per lane and unnormalised outputs in the scratch. The item
+  // goes on to position `stop`.
+  void attend_split(int64_t split, int64_t stop) {
+    std::fill_n(s_.out, heads_ * rows_ * stride_, 0.0f);
+    std::fill_n(s_.sum, heads_ * rows_ * kLanes, 0.0f);
+    std::fill_n(s_.max, heads_ * max_stride_, -kInfinity);
     const int64_t end = std::min(end_, (split + 1) * kSplit);
-    const int64_t begin = std::max(begin_, split * kSplit) / kTile * kTile;
-    uint32_t next_valid = begin < end ? find_rows(begin, 0) : 0;
-    for (int64_t start = begin, turn = 0; start < end; start += kTile, turn ^= 1) {
-      const uint32_t valid = next_valid;
-      if (start + kTile < end) next_valid = find_rows(start + kTile, turn ^ 1);
-      attend_tile(start, valid, static_cast<int>(turn), start + kTile < end);
-    }
+    for (int64_t start = first_tile(split); start < end; start += kTile) attend_tile(start, stop);
   }
 
-  void start_total() {
-    std::fill_n(s_.total_out, rows_ * stride_, 0.0f);
-    std::fill_n(s_.total_max, rows_, -kInfinity);
-    std::fill_n(s_.total_sum, rows_, 0.0f);
-  }
-
-  void merge_split() {
-    for (int r = 0; r < rows_; ++r) {
-      merge(r, s_.max[r], reduce_add(load(s_.sum + r * kLanes)), s_.out + r * stride_);
-    }
-  }
-
-  // Partial results: D16 outputs, maximum, sum, for each row and split.
-  float* partial(int r, int64_t split, int64_t splits) const {
-    return p_.workspace + ((token(r) * p_.q_heads + q_head(r)) * splits + split) * (stride_ + 2);
-  }
-
-  void store_partials(int64_t split, int64_t splits) {
-    for (int r = 0; r < rows_; ++r) {
-      float* to = partial(r, split, splits);
-      std::memcpy(to, s_.out + r * stride_, stride_ * sizeof(float));
-      to[stride_] = s_.max[r];
-      to[stride_ + 1] = reduce_add(load(s_.sum + r * kLanes));
-    }
+  void attend_partial(int64_t split, int64_t splits) {
+    find_first_rows(split);
+    load_queries();
+    attend_split(split, std::min(end_, (split + 1) * kSplit));
+    for_each_row([&](int row, int h, int r) {
+      float* to = partial(h, r, split, splits);
+      std::memcpy(to, s_.out + row * stride_, stride_ * sizeof(float));
+      to[stride_] = s_.max[h * max_stride_ + r];
+      to[stride_ + 1] = reduce_add(load(s_.sum + row * kLanes));
+    });
   }
 
   void merge_partials(int64_t splits) {
-    start_total();
+    std::fill_n(s_.total_max, heads_ * rows_, -kInfinity);
     for (int64_t split = first_split(); split < last_split(); ++split) {
-      for (int r = 0; r < rows_; ++r) {
-        const float* from = partial(r, split, splits);
-        merge(r, from[stride_], from[stride_ + 1], from);
-      }
+      for_each_row([&](int row, int h, int r) {
+        const float* from = partial(h, r, split, splits);
+        merge(row, from[stride_], from[stride_ + 1], from);
+      });
     }
+    store_total();
   }
 
-  void store_total() {
-    const float v_scale = a_.v_scale ? a_.v_scale[head_ * a_.v_scale_stride] : 1.0f;
-    Q* out = static_cast<Q*>(p_.out);
-    for (int r = 0; r < rows_; ++r) {
-      float max = s_.total_max[r], sum = s_.total_sum[r], keep = 1.0f;
-      if (p_.sinks) {
-        const float sink = p_.sinks[q_head(r)];
-        const float top = std::max(max, sink);
-        const float base = top == -kInfinity ? 0.0f : top;
-        keep = exp_of(max - base);
-        sum = sum * keep + exp_of(sink - base);
-        max = top;
-      }
-      const int64_t at = token(r) * p_.q_heads + q_head(r);
-      p_.lse[at] = sum == 0.0f ? -kInfinity : max + std::log(sum);
-      const F32x16 factor = broadcast(sum == 0.0f ? 0.0f : keep / sum * v_scale);
-      for (int64_t d = 0; d < dim_; d += kLanes) {
-        store_partial(out + at * dim_ + d, load(s_.total_out + r * stride_ + d) * factor, dim_ - d);
-      }
+  void attend_all() {
+    find_first_rows(first_split());
+    load_queries();
+    for (int64_t split = first_split(); split < last_split(); ++split) {
+      attend_split(split, end_);
+      for_each_row([&](int row, int h, int r) {
+        merge(row, s_.max[h * max_stride_ + r], reduce_add(load(s_.sum + row * kLanes)),
+              s_.out + row * stride_);
+      });
     }
+    store_total();
   }
 
-  // This item's part of the append: all new tokens of its head.
+  // This item's part of the append: all new tokens of its heads.
   void append() {
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t position = length_ + i;
       const int64_t page = a_.table.page(b_, position / a_.table.page_size);
       if (page < 0) continue;
       const int64_t slot = position % a_.table.page_size;
-      encode_row(new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i),
-                 static_cast<C*>(a_.k_cache.data) + a_.k_cache.offset(page, slot, head_), dim_,
-                 a_.k_scale ? a_.k_scale[head_ * a_.k_scale_stride] : 1.0f);
-      encode_row(new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i),
-                 static_cast<C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_), dim_,
-                 a_.v_scale ? a_.v_scale[head_ * a_.v_scale_stride] : 1.0f);
+      for (int h = 0; h < heads_; ++h) {
+        encode_row(new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i, h),
+                   static_cast<C*>(a_.k_cache.data) + a_.k_cache.offset(page, slot, head_ + h),
+                   dim_, k_scale(h));
+        encode_row(new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i, h),
+                   static_cast<C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_ + h),
+                   dim_, v_scale(h));
+      }
     }
   }
 
  private:
-  int64_t token(int r) const { return first_token_ + (first_row_ + r) / group_; }
-  int64_t q_head(int r) const { return head_ * group_ + (first_row_ + r) % group_; }
+  // Calls body(index in the scratch, head, row of the head).
+  template <typename Body>
+  void for_each_row(const Body& body) const {
+    for (int h = 0; h < heads_; ++h) {
+      for (int r = 0; r < rows_; ++r) body(h * rows_ + r, h, r);
+    }
+  }
 
-  const Q* new_row(const void* rows, int64_t token_stride, int64_t head_stride, int64_t i) const {
-    return static_cast<const Q*>(rows) + (first_token_ + i) * token_stride + head_ * head_stride;
+  static int64_t words_of(int64_t n) { return pairs ? n / 2 : n; }
+  int64_t first_tile(int64_t split) const {
+    return std::max(begin_, split * kSplit) / kTile * kTile;
+  }
+  int64_t token(int r) const { return first_token_ + (first_row_ + r) / group_; }
+  int64_t q_head(int h, int r) const { return (head_ + h) * group_ + (first_row_ + r) % group_; }
+  float k_scale(int h) const {
+    return a_.k_scale ? a_.k_scale[(head_ + h) * a_.k_scale_stride] : 1.0f;
+  }
+  float v_scale(int h) const {
+    return a_.v_scale ? a_.v_scale[(head_ + h) * a_.v_scale_stride] : 1.0f;
+  }
+
+  const Q* new_row(const void* rows, int64_t token_stride, int64_t head_stride, int64_t i,
+                   int h) const {
+    return static_cast<const Q*>(rows) + (first_token_ + i) * token_stride +
+           (head_ + h) * head_stride;
+  }
+
+  // Partial results: `stride_` outputs, maximum, sum, for each row and split.
+  float* partial(int h, int r, int64_t split, int64_t splits) const {
+    return p_.workspace + ((token(r) * p_.q_heads + q_head(h, r)) * splits + split) * (stride_ + 2);
+  }
+
+  void merge(int row, float max, float sum, const float* out) {
+    float* total = s_.total_out + row * stride_;
+    if (s_.total_max[row] == -kInfinity) {  // nothing yet
+      std::memcpy(total, out, stride_ * sizeof(float));
+      s_.total_max[row] = max;
+      s_.total_sum[row] = sum;
+      return;
+    }
+    const float top = std::max(s_.total_max[row], max);
+    const float keep = exp2_of(s_.total_max[row] - top), add = exp2_of(max - top);
+    for (int64_t d = 0; d < stride_; d += kLanes) {
+      store(total + d, fmadd(load(out + d), broadcast(add), load(total + d) * broadcast(keep)));
+    }
+    s_.total_sum[row] = s_.total_sum[row] * keep + sum * add;
+    s_.total_max[row] = top;
+  }
+
+  void store_total() {
+    Q* out = static_cast<Q*>(p_.out);
+    for_each_row([&](int row, int h, int r) {
+      float max = s_.total_max[row], sum = s_.total_sum[row], keep = 1.0f;
+      if (p_.sinks) {
+        const float sink = p_.sinks[q_head(h, r)] * kLog2E;
+        const float top = std::max(max, sink);
+        const float base = top == -kInfinity ? 0.0f : top;
+        keep = exp2_of(max - base);
+        sum = sum * keep + exp2_of(sink - base);
+        max = top;
+      }
+      const int64_t at = token(r) * p_.q_heads + q_head(h, r);
+      p_.lse[at] = sum == 0.0f ? -kInfinity : max * kLn2 + std::log(sum);
+      const F32x16 factor = broadcast(sum == 0.0f ? 0.0f : keep / sum * v_scale(h));
+      float* total = s_.total_out + row * stride_;
+      if constexpr (pairs) restore_order(total);
+      for (int64_t d = 0; d < dim_; d += kLanes) {
+        store_partial(out + at * dim_ + d, load(total + d) * factor, dim_ - d);
+      }
+    });
+  }
+
+  // The dims of an output in the order of memory; see ValueWords.
+  void restore_order([[maybe_unused]] float* row) const {
+#if MTP_ISA_LEVEL >= 3
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int64_t d = 0; d < stride_; d += 2 * kLanes) {
+      const __m512 a = load(row + d).v, b = load(row + d + kLanes).v;
+      store(row + d, {_mm512_permutex2var_ps(a, low, b)});
+      store(row + d + kLanes, {_mm512_permutex2var_ps(a, high, b)});
+    }
+#endif
   }
 
   // Under a tree mask: the new tokens that token i names, by index.
@@ -429,71 +741,94 @@ class Item {
     return length_ + (p_.tree_mask ? __builtin_popcountll(tree_bits(i)) - 1 : i);
   }
 
-  // Finds the K and V rows of the tile at `start` (the zero row where there is no slot); returns
-  // a bit for each that exists.
-  uint32_t find_rows(int64_t start, int64_t turn) {
+  // The K and V rows of a tile of one head: the zero row where there is no slot.
+  struct Rows {
+    const C* keys[kTile];
+    const C* values[kTile];
+    KeyBits valid;  // those that exist
+  };
+
+  // Finds the rows of the tile at `start` and head h, which are attended to next.
+  void find_rows(int64_t start, int h) {
+    Rows& rows = rows_of_[turn_ ^ 1];
     const int64_t page_size = a_.table.page_size;
     const int64_t end = std::min<int64_t>(kTile, end_ - start);
-    const C **keys = key_rows_[turn], **values = value_rows_[turn];
-    uint32_t valid = 0;
+    rows.valid = 0;
     int64_t entry = start / page_size, slot = start % page_size;
     for (int64_t j = 0; j < end; ++entry, slot = 0) {  // page by page
       const int64_t stop = std::min(end, j + page_size - slot);
       const int64_t page = a_.table.page(b_, entry);
       if (page < 0) {
-        for (; j < stop; ++j) keys[j] = values[j] = s_.hidden;
+        for (; j < stop; ++j) rows.keys[j] = rows.values[j] = zero_row<C>();
         continue;
       }
-      valid |= bit_range(j, stop);
-      const C* key = static_cast<const C*>(a_.k_cache.data) + a_.k_cache.offset(page, slot, head_);
+      rows.valid |= bit_range(j, stop);
+      const C* key =
+          static_cast<const C*>(a_.k_cache.data) + a_.k_cache.offset(page, slot, head_ + h);
       const C* value =
-          static_cast<const C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_);
+          static_cast<const C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_ + h);
       for (const int64_t cached = std::min(stop, length_ - start); j < cached; ++j) {
-        keys[j] = key;
-        values[j] = value;
+        rows.keys[j] = key;
+        rows.values[j] = value;
         key += a_.k_cache.slot_stride;
         value += a_.v_cache.slot_stride;
       }
       for (; j < stop; ++j) {
         if constexpr (std::is_same_v<Q, C>) {
           const int64_t i = start + j - length_;
-          keys[j] = new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i);
-          values[j] = new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i);
+          rows.keys[j] = new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i, h);
+          rows.values[j] = new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i, h);
         } else {
-          keys[j] = s_.new_key + j * dim_;
-          values[j] = s_.new_value + j * dim_;
+          rows.keys[j] = s_.new_key + j * dim_;
+          rows.values[j] = s_.new_value + j * dim_;
         }
       }
     }
-    for (int64_t j = std::max<int64_t>(end, 0); j < kTile; ++j) keys[j] = values[j] = s_.hidden;
-    return valid;
+    for (int64_t j = std::max<int64_t>(end, 0); j < kTile; ++j) {
+      rows.keys[j] = rows.values[j] = zero_row<C>();
+    }
+  }
+
+  [[gnu::always_inline]] void find_first_rows(int64_t split) {
+    find_rows(first_tile(split), 0);
+    const Rows& rows = rows_of_[turn_ ^ 1];
+    for (int j = 0; j < kTile; ++j) prefetch_row(rows.keys[j], dim_);
+    for (int j = 0; j < kTile; ++j) prefetch_row(rows.values[j], dim_);
   }
 
   // New rows of an e4m3 cache are seen as stored: quantised here, into the scratch.
-  void encode_new_rows(int64_t start) {
+  void encode_new_rows(int64_t start, int h) {
     if constexpr (!std::is_same_v<Q, C>) {
       for (int64_t pos = std::max(start, length_); pos < std::min(start + kTile, end_); ++pos) {
-        encode_row(new_row(a_.k, a_.k_token_stride, a_.k_head_stride, pos - length_),
-                   s_.new_key + (pos - start) * dim_, dim_,
-                   a_.k_scale ? a_.k_scale[head_ * a_.k_scale_stride] : 1.0f);
-        encode_row(new_row(a_.v, a_.v_token_stride, a_.v_head_stride, pos - length_),
-                   s_.new_value + (pos - start) * dim_, dim_,
-                   a_.v_scale ? a_.v_scale[head_ * a_.v_scale_stride] : 1.0f);
+        encode_row(new_row(a_.k, a_.k_token_stride, a_.k_head_stride, pos - length_, h),
+                   s_.new_key + (pos - start) * dim_, dim_, k_scale(h));
+        encode_row(new_row(a_.v, a_.v_token_stride, a_.v_head_stride, pos - length_, h),
+                   s_.new_value + (pos - start) * dim_, dim_, v_scale(h));
       }
     }
   }
 
   // Bits [from, to) of a tile, for positions that may lie outside it.
-  static uint32_t bit_range(int64_t from, int64_t to) {
-    const auto below = [](int64_t n) { return n <= 0 ? 0u : n >= kTile ? ~0u : (1u << n) - 1; };
+  static KeyBits bit_range(int64_t from, int64_t to) {
+    const auto below = [](int64_t n) -> KeyBits {
+      return n <= 0 ? 0 : n >= kTile ? ~KeyBits{0} : (KeyBits{1} << n) - 1;
+    };
     return below(to) & ~below(from);
   }
 
-  // Fills seen[]; returns whether every row sees the whole tile.
-  bool find_seen(int64_t start, uint32_t valid) {
-    bool whole = true;
+  // The keys of a tile that some row sees, and those that all rows see.
+  struct Seen {
+    KeyBits any, all;
+  };
+
+  // Fills seen[], unless all rows see the whole tile.
+  Seen find_seen(int64_t start, KeyBits valid) {
+    if (valid == ~KeyBits{0} && start >= all_begin_ && start + kTile <= all_end_) {
+      return {valid, valid};
+    }
+    Seen seen{0, ~KeyBits{0}};
     int64_t last = -1;
-    uint32_t bits = 0;
+    KeyBits bits = 0;
     for (int r = 0; r < rows_; ++r) {
       const int64_t i = (first_row_ + r) / group_;
       if (i != last) {
@@ -503,14 +838,15 @@ class Item {
         bits = bit_range(window_begin - start, cached_end - start);
         if (p_.tree_mask && start + kTile > length_) bits |= tree_tile(i, start, window_begin);
         bits &= valid;
+        seen.any |= bits;
+        seen.all &= bits;
       }
       s_.seen[r] = bits;
-      whole &= bits == ~0u;
     }
-    return whole;
+    return seen;
   }
 
-  uint32_t tree_tile(int64_t i, int64_t start, int64_t window_begin) const {
+  KeyBits tree_tile(int64_t i, int64_t start, int64_t window_begin) const {
     uint64_t bits = tree_bits(i);
     if (p_.window >= 1) {
       for (int64_t j = 0; j < count_; ++j) {
@@ -518,143 +854,149 @@ class Item {
       }
     }
     const int64_t shift = length_ - start;
-    if (shift >= 0) return static_cast<uint32_t>(bits << shift);
-    return shift > -64 ? static_cast<uint32_t>(bits >> -shift) : 0;
+    if (shift >= 0) return static_cast<KeyBits>(bits << shift);
+    return shift > -64 ? static_cast<KeyBits>(bits >> -shift) : 0;
   }
 
-  void attend_tile(int64_t start, uint32_t valid, int turn, bool more) {
-    const bool whole = find_seen(start, valid);
-    if (start + kTile > length_) encode_new_rows(start);
-    const C* const* keys = key_rows_[turn];
-    const C* const* values = value_rows_[turn];
-    const int64_t row_bytes = dim_ * static_cast<int64_t>(sizeof(C));
-
-    for (int j = 0; j < kTile; j += 8) {
-      if (more) {
-        for (int i = j; i < j + 8; ++i) prefetch(key_rows_[turn ^ 1][i], row_bytes);
-      }
-      float* panel = s_.keys + j / kLanes * dim_ * kLanes + j % kLanes;
-      transpose_rows(keys + j, dim_, panel);
+  void attend_tile(int64_t start, int64_t stop) {
+    const int end = static_cast<int>(std::min<int64_t>(kTile, end_ - start));
+    const Seen seen = find_seen(start, rows_of_[turn_ ^ 1].valid);
+    for (int h = 0; h < heads_; ++h) {
+      turn_ ^= 1;
+      const bool same_tile = h + 1 < heads_, more = same_tile || start + kTile < stop;
+      if (more) find_rows(same_tile ? start : start + kTile, same_tile ? h + 1 : 0);
+      if (start + kTile > length_) encode_new_rows(start, h);
+      attend_head(h, seen, end, rows_of_[turn_], rows_of_[more ? turn_ ^ 1 : turn_]);
     }
-    for_row_blocks(rows_, [&](int r, auto count) {
-      score_rows<count>(s_.q + r * dim_, s_.keys, dim_, s_.p + r * kTile);
+  }
+
+  void attend_head(int h, Seen seen, int end, Rows& rows, const Rows& next) {
+    const int64_t panel = words_of(round_up(dim_, kLanes * (pairs ? 2 : 1))) * kLanes;
+    const int panels = ceil_div(end, kLanes);
+    for (int i = 0; i < panels; ++i) {
+      transpose_keys<pairs>(rows.keys + i * kLanes, dim_, s_.keys + i * panel);
+    }
+    for_row_blocks(rows_, [&](int r, auto count, int block, int blocks) {
+      score_rows<pairs, count>(s_.q + (h * rows_ + r) * words_, s_.keys, words_, panel, panels,
+                               Ahead<C>{next.keys, block, blocks}, s_.p + r * kTile);
     });
+    update_softmax(h, ceil_div(panels, 2) * 2, seen.all == ~KeyBits{0});
 
-    update_softmax(whole);
-
-    if (more) {
-      for (int j = 0; j < kTile; ++j) prefetch(value_rows_[turn ^ 1][j], row_bytes);
+    for (KeyBits unseen = ~seen.any; unseen != 0; unseen &= unseen - 1) {
+      rows.values[__builtin_ctzll(unseen)] = zero_row<C>();
     }
-    const auto add_values = [&](const auto& source) {
-      for_row_blocks(rows_, [&](int r, auto count) {
-        value_rows<count>(s_.p + r * kTile, s_.keep + r, source, stride_, s_.out + r * stride_);
-      });
-    };
     // One block of rows reads each value once, so widening in passing is cheaper.
-    if (whole && rows_ <= kBlockRows && stride_ == dim_) {
-      return add_values(ValueRows<C>{values});
+    if (pairs ? std::is_same_v<C, Wide> : rows_ <= kBlockRows && stride_ == dim_) {
+      return add_values<C>(h, rows.values, next.values, seen, end);
     }
+    const Wide* wide_rows[kTile];
     for (int j = 0; j < kTile; ++j) {
-      widen_row(values[j], dim_, s_.values + j * stride_);
-      if (stride_ != dim_) std::fill_n(s_.values + j * stride_ + dim_, stride_ - dim_, 0.0f);
+      prefetch_row(next.values[j], dim_);
+      wide_rows[j] = s_.values + j * stride_;
+      if (j < round_up(end, 2)) widen_row(rows.values[j], dim_, stride_, s_.values + j * stride_);
     }
-    if (!whole && !all_finite(s_.values, kTile * stride_)) return add_seen_values();
-    add_values(WideValues{s_.values, stride_});
+    add_values<Wide>(h, wide_rows, nullptr, seen, end);
   }
 
-  static void prefetch([[maybe_unused]] const void* row, [[maybe_unused]] int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+  template <typename T>
+  void add_values(int h, const T* const* rows, const T* const* next, Seen seen, int end) {
+    const int steps = pairs ? ceil_div(end, 2) : end;
+    float* out = s_.out + h * rows_ * stride_;
+    const float* keep = s_.keep;
+    // 0 * inf of a key that a row does not see stays out of its sum.
+    bool finite = true;
+    for (KeyBits mixed = seen.any & ~seen.all; mixed != 0; mixed &= mixed - 1) {
+      finite &= all_finite(rows[__builtin_ctzll(mixed)]);
+    }
+    if (finite) {
+      for_row_blocks(rows_, [&](int r, auto count, int block, int blocks) {
+        value_rows<pairs, count>(s_.p + r * kTile, keep + r, rows,
+                                 Ahead<T>{next, next ? block : kNever, blocks}, steps, dim_,
+                                 stride_, out + r * stride_);
+      });
+      return;
+    }
+    for (int r = 0; r < rows_; ++r) {
+      const T* own[kTile];
+      for (int j = 0; j < kTile; ++j) own[j] = s_.seen[r] >> j & 1 ? rows[j] : zero_row<T>();
+      value_rows<pairs, 1, T>(s_.p + r * kTile, keep + r, own, Ahead<T>{nullptr, kNever, 1}, steps,
+                              dim_, stride_, out + r * stride_);
+    }
+  }
+
+  template <typename T>
+  bool all_finite(const T* row) const {
+    F32x16 bad = zero();
+    for (int64_t d = 0; d < dim_; d += kLanes) {
+      bad = bad + load_partial(row + d, dim_ - d) * zero();
+    }
+    return reduce_add(bad) == 0.0f;
+  }
+
+  template <typename T>
+  const T* zero_row() const {
+    return reinterpret_cast<const T*>(s_.zeros);
   }
 
   // Scores to probabilities relative to the row's new maximum; `keep` rescales what came before.
-  void update_softmax(bool whole) {
-    const float k_scale = a_.k_scale ? a_.k_scale[head_ * a_.k_scale_stride] : 1.0f;
-    const F32x16 scale = broadcast(p_.scale * k_scale);
-    float top[kRows];
+  // Both count in powers of two.
+  void update_softmax(int h, int panels, bool whole) {
+    const F32x16 scale = broadcast(p_.scale * k_scale(h) * (p_.softcap > 0.0f ? 1.0f : kLog2E));
+    float *max = s_.max + h * max_stride_, *sum = s_.sum + h * rows_ * kLanes;
+    float top[kRows], base[kRows];
+    std::fill_n(top + rows_ / kLanes * kLanes, rows_ % kLanes ? kLanes : 0, -kInfinity);
     for (int r = 0; r < rows_; ++r) {
       float* row = s_.p + r * kTile;
       F32x16 best = broadcast(-kInfinity);
-      for (int w = 0; w < kPanels; ++w) {
+      for (int w = 0; w < panels; ++w) {
         F32x16 x = load(row + w * kLanes) * scale;
         if (p_.softcap > 0.0f) {
-          x = broadcast(p_.softcap) * tanh(x / broadcast(p_.softcap));
+          x = broadcast(p_.softcap * kLog2E) * tanh(x / broadcast(p_.softcap));
         }
         if (!whole) {
           x = select(mask_from_bits(s_.seen[r] >> (w * kLanes) & 0xffff), x, broadcast(-kInfinity));
         }
         store(row + w * kLanes, x);
-        best = max(best, x);
+        best = cpu::max(best, x);
       }
       top[r] = reduce_max(best);
     }
     for (int r = 0; r < rows_; r += kLanes) {
-      for (int i = r; i < std::min<int>(rows_, r + kLanes); ++i) {
-        top[i] = s_.max[i] > top[i] ? s_.max[i] : top[i];
-      }
-      float old[kLanes], base[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const bool used = r + i < rows_;
-        base[i] = used && top[r + i] != -kInfinity ? top[r + i] : 0.0f;
-        old[i] = used ? s_.max[r + i] : 0.0f;
-      }
-      store(s_.keep + r, exp_nonpositive(load(old) - load(base)));
+      const F32x16 old = load(max + r), now = cpu::max(old, load(top + r));
+      const F32x16 finite = select(now == broadcast(-kInfinity), zero(), now);
+      store(max + r, now);
+      store(base + r, finite);
+      store(s_.keep + r, exp2_nonpositive(old - finite));
     }
     for (int r = 0; r < rows_; ++r) {
       float* row = s_.p + r * kTile;
-      const F32x16 base = broadcast(top[r] == -kInfinity ? 0.0f : top[r]);
-      F32x16 sum = load(s_.sum + r * kLanes) * broadcast(s_.keep[r]);
-      for (int w = 0; w < kPanels; ++w) {
-        const F32x16 x = exp_nonpositive(load(row + w * kLanes) - base);
-        store(row + w * kLanes, x);
-        sum = sum + x;
+      F32x16 total = load(sum + r * kLanes) * broadcast(s_.keep[r]);
+      for (int w = 0; w < panels; w += 2) {
+        const F32x16 x = exp2_nonpositive(load(row + w * kLanes) - broadcast(base[r]));
+        const F32x16 y = exp2_nonpositive(load(row + (w + 1) * kLanes) - broadcast(base[r]));
+        total = total + x + y;
+        store_probabilities(x, y, row + words_of(w * kLanes));
       }
-      store(s_.sum + r * kLanes, sum);
-      s_.max[r] = top[r];
+      store(sum + r * kLanes, total);
     }
   }
 
-  static bool all_finite(const float* x, int64_t n) {
-    F32x16 bad = zero();
-    for (int64_t i = 0; i < n; i += kLanes) bad = bad + load(x + i) * zero();
-    return reduce_add(bad) == 0.0f;
-  }
-
-  // As value_rows in the same order, but 0 * inf of a key that a row does not see stays out of it.
-  void add_seen_values() {
-    for (int r = 0; r < rows_; ++r) {
-      for (int64_t d = 0; d < stride_; d += kLanes) {
-        float* out = s_.out + r * stride_ + d;
-        F32x16 sum = load(out) * broadcast(s_.keep[r]);
-        for (int key = 0; key < kTile; ++key) {
-          if (s_.seen[r] >> key & 1) {
-            sum = fmadd(broadcast(s_.p[r * kTile + key]), load(s_.values + key * stride_ + d), sum);
-          }
-        }
-        store(out, sum);
-      }
-    }
-  }
-
-  void merge(int r, float max, float sum, const float* out) {
-    const float top = std::max(s_.total_max[r], max);
-    const float base = top == -kInfinity ? 0.0f : top;
-    const float keep = exp_of(s_.total_max[r] - base), add = exp_of(max - base);
-    float* total = s_.total_out + r * stride_;
-    for (int64_t d = 0; d < stride_; d += kLanes) {
-      store(total + d, fmadd(load(out + d), broadcast(add), load(total + d) * broadcast(keep)));
-    }
-    s_.total_sum[r] = s_.total_sum[r] * keep + sum * add;
-    s_.total_max[r] = top;
+  static void store_probabilities(F32x16 x, F32x16 y, float* out) {
+#if MTP_ISA_LEVEL >= 3
+    if constexpr (pairs) return store(out, {(__m512)_mm512_cvtne2ps_pbh(y.v, x.v)});
+#endif
+    store(out, x);
+    store(out + kLanes, y);
   }
 
   const VerifyAttentionParams& p_;
   const KvAppendParams& a_;
-  Scratch<C>& s_;
-  int64_t b_, head_, first_token_, group_, count_, first_row_, dim_, stride_, length_;
-  int64_t begin_ = 0, end_ = 0;
-  int rows_;
-  const C* key_rows_[2][kTile];
-  const C* value_rows_[2][kTile];
+  Scratch<Q, C>& s_;
+  int64_t b_, first_token_, head_, group_, count_, first_row_, dim_, words_, stride_, length_;
+  int64_t begin_ = 0, end_ = 0, all_begin_ = 0, all_end_ = 0;
+  int heads_, rows_, max_stride_;
+  int turn_ = 0;
+  Rows rows_of_[2];  // of this turn and the next
 };
 
 // Rows that belong to no request, or lie behind max_q_len, or before the first request.
@@ -691,42 +1033,31 @@ void attend(const VerifyAttentionParams& p) {
   const Plan plan = make_plan(p);
   clear_padding<Q>(p);
 
-  // Items of one request and row tile, all heads, are neighbours: with NHD they share DRAM pages.
-  const int64_t heads = a.kv_heads, splits = plan.partials ? plan.splits : 1;
-  const int64_t tiles = a.batch * plan.row_tiles;
-  for_items(tiles * splits * heads, plan.parallel, [&](int64_t i) {
-    const int64_t head = i % heads, split = i / heads % splits;
-    const int64_t row_tile = i / heads / splits % plan.row_tiles;
-    const int64_t b = i / heads / splits / plan.row_tiles;
-    Scratch<C> scratch;
-    Item<Q, C> item(p, scratch, b, rows_of_request(a.cu_q_lens, b, a.tokens), head, row_tile);
-    if (item.empty()) return;
-    if (row_tile == 0 && split == 0) item.append();
-    if (plan.partials) {
-      if (split < item.first_split() || split >= item.last_split()) return;
-      item.load_queries();
-      item.attend_split(split);
-      item.store_partials(split, splits);
-      return;
-    }
-    item.load_queries();
-    item.start_total();
-    for (int64_t s = item.first_split(); s < item.last_split(); ++s) {
-      item.attend_split(s);
-      item.merge_split();
-    }
-    item.store_total();
+  const int64_t splits = plan.partials ? plan.splits : 1;
+  const int64_t head_tiles = ceil_div(a.kv_heads, plan.heads), tiles = a.batch * plan.row_tiles;
+  const auto with_item = [&](int64_t i, const auto& body) {
+    const int64_t head = i % head_tiles * plan.heads, tile = i / head_tiles;
+    const int64_t b = tile / plan.row_tiles, row_tile = tile % plan.row_tiles;
+    Scratch<Q, C> scratch;
+    Item<Q, C> item(p, scratch, b, rows_of_request(a.cu_q_lens, b, a.tokens), head,
+                    std::min(head + plan.heads, a.kv_heads), row_tile);
+    if (!item.empty()) body(item, row_tile);
+  };
+  for_items(tiles * splits * head_tiles, plan.parallel, [&](int64_t i) {
+    const int64_t head_tile = i % head_tiles, split = i / head_tiles % splits;
+    const int64_t tile = i / head_tiles / splits;
+    with_item(tile * head_tiles + head_tile, [&](Item<Q, C>& item, int64_t row_tile) {
+      if (row_tile == 0 && split == 0) item.append();
+      if (!plan.partials) {
+        item.attend_all();
+      } else if (split >= item.first_split() && split < item.last_split()) {
+        item.attend_partial(split, splits);
+      }
+    });
   });
-
   if (!plan.partials) return;
-  for_items(tiles * heads, tiles * heads > 64, [&](int64_t i) {
-    const int64_t head = i % heads, row_tile = i / heads % plan.row_tiles;
-    const int64_t b = i / heads / plan.row_tiles;
-    Scratch<C> scratch;
-    Item<Q, C> item(p, scratch, b, rows_of_request(a.cu_q_lens, b, a.tokens), head, row_tile);
-    if (item.empty()) return;
-    item.merge_partials(splits);
-    item.store_total();
+  for_items(tiles * head_tiles, tiles * head_tiles > 64, [&](int64_t i) {
+    with_item(i, [&](Item<Q, C>& item, int64_t) { item.merge_partials(splits); });
   });
 }
 
@@ -750,7 +1081,7 @@ namespace mtp::cpu {
 int64_t verify_attention_workspace(const VerifyAttentionParams& p) {
   const auto plan = MTP_ISA::make_plan(p);
   if (!plan.partials) return 0;
-  const int64_t row_floats = MTP_ISA::round_up(p.append.head_dim, kLanes) + 2;
+  const int64_t row_floats = MTP_ISA::round_up(p.append.head_dim, 2 * kLanes) + 2;
   return p.append.tokens * p.q_heads * plan.splits * row_floats;
 }
 
