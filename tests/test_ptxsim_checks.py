@@ -321,14 +321,14 @@ def test_unknown_instruction_only_when_reached() -> None:
     body = """
     .reg .pred %q; .reg .b32 %x;
     ld.global.u32 %x, [%p0]; setp.eq.u32 %q, %x, 0; @%q bra DONE;
-    wgmma.fence.sync.aligned;
+    cp.async.bulk.commit_group;
     DONE:
     """
     module = ptx_kernel(body, 1)
     run(module, "k", 1, 32, np.zeros(1, "u4"))
     with pytest.raises(errors.UnknownInstruction) as caught:
         run(module, "k", 1, 32, np.ones(1, "u4"))
-    assert "wgmma.fence" in caught.value.where["ptx"]
+    assert "cp.async.bulk" in caught.value.where["ptx"]
 
 
 def test_null_pointer_and_unregistered_address(kernels) -> None:

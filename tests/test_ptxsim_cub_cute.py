@@ -1,12 +1,9 @@
 """Code nobody wrote for the simulator: CUB primitives, cooperative groups and a CuTe GEMM."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from ptxsim import errors, runtime
-from ptxsim.harness import nvcc
+from ptxsim.harness import cutlass_headers, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc is missing")
 
@@ -364,10 +361,9 @@ extern "C" int run(const half_t* a, const half_t* b, float* c, int m, int n, int
 
 @pytest.fixture(scope="module")
 def cute():
-    spec = importlib.util.find_spec("cutlass_library")
-    if spec is None or spec.origin is None:
+    include = cutlass_headers()
+    if include is None:
         pytest.skip("needs the nvidia-cutlass package")
-    include = Path(spec.origin).parent / "source" / "include"
     return runtime.compile(GEMM_SOURCE, archs=("80",), flags=(f"-I{include}",))
 
 

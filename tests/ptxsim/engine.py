@@ -188,10 +188,10 @@ def _register_symbols(module: Module, program: Program, memory: GlobalMemory) ->
 class _Barrier:
     """One barrier number in all CTAs of a wave."""
 
-    def __init__(self, ctas: int, warps: int) -> None:
+    def __init__(self, ctas: int, facts: int) -> None:
         self.arrived = np.zeros(ctas)
         self.expected = np.zeros(ctas)  # 0: all threads of the CTA
-        self.known = np.zeros((ctas, warps), np.int32)
+        self.known = np.zeros((ctas, facts), np.int32)  # what those that arrived know
         self.parked: list[tuple[np.ndarray, int, Op]] = []
         self.votes: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -322,10 +322,11 @@ class _Scheduler:
                 )
                 first = first or (op, t)
         for rank, parts in self.stalled.items():
-            instr = self.blocks[rank].sync[0]
+            instr, _, span = self.blocks[rank].sync
             t = int(parts[0].threads[0])
+            mates = "lanes of their warps" if span == 1 else "warps of their warpgroups"
             lines.append(
-                f"{sum(p.count for p in parts)} threads wait for lanes of their warps that never "
+                f"{sum(p.count for p in parts)} threads wait for {mates} that never "
                 f"reach line {instr.line}: {instr.text}"
             )
             first = first or (Op(instr), t)
@@ -351,7 +352,9 @@ class _Scheduler:
             block = blocks[rank]
             if block.fn is None:
                 self.program.compile(block)
-            if block.sync is not None and (block.sync[1] is not None or not active.whole_warps):
+            if block.sync is not None and (
+                block.sync[1] is not None or not active.whole(block.sync[2])
+            ):
                 active = self.collect(block, rank, active)
                 if active is None:
                     current = self.pick()
@@ -539,10 +542,12 @@ class _Scheduler:
         return None
 
     def collect(self, block: Block, rank: int, active: Active) -> Active | None:
-        """At a warp-synchronous instruction: keeps the threads whose warp mates are all here."""
+        """At a synchronous instruction: keeps the threads whose warp(group) mates are all here."""
         wave = self.wave
-        instr, operand = block.sync
+        instr, operand, span = block.sync
         threads = active.threads
+        if span > 1:
+            return self.keep(block, rank, active, active.complete(span)[threads])
         warps, _, present = active.layout
         if operand is None:
             member = np.full(len(threads), 0xFFFFFFFF, np.uint32)
@@ -558,7 +563,7 @@ class _Scheduler:
         if instr.guard is None and (own == 0).any():
             t = int(threads[np.flatnonzero(own == 0)[0]])
             wave.fail(BarrierError, "a lane is not in its own member mask", Op(instr), t)
-        if active.whole_warps:
+        if active.whole(1):
             return active
         if present is None:
             present_bits = np.full(len(warps), 0xFFFFFFFF, np.uint32)
@@ -566,7 +571,11 @@ class _Scheduler:
             present_bits = (present * weights).sum(1, dtype=np.uint32)
         alive_bits = (wave.alive.reshape(-1, 32)[warps] * weights).sum(1, dtype=np.uint32)
         row = np.searchsorted(warps, threads >> 5)
-        ok = (member & alive_bits[row] & ~present_bits[row]) == 0
+        return self.keep(block, rank, active, (member & alive_bits[row] & ~present_bits[row]) == 0)
+
+    def keep(self, block: Block, rank: int, active: Active, ok: np.ndarray) -> Active | None:
+        """Goes on with these threads; the others wait."""
+        threads = active.threads
         if ok.all():
             return active
         self.flush(block.live_in)
@@ -645,7 +654,7 @@ class _Scheduler:
         action = op.extra[0]
         state = self.barriers.get(number)
         if state is None:
-            state = self.barriers[number] = _Barrier(wave.ctas, wave.warps_per_cta)
+            state = self.barriers[number] = _Barrier(wave.ctas, wave.facts)
         cta = wave.cta_of[threads]
         if counts is None:
             weight = np.ones(len(threads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +22,12 @@ from .report import LaunchReport
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+
+
+def cutlass_headers() -> Path | None:
+    """The include directory of the nvidia-cutlass package."""
+    spec = importlib.util.find_spec("cutlass_library")
+    return Path(spec.origin).parent / "source" / "include" if spec and spec.origin else None
 
 
 def compile_cuda(source: str, arch: str = "sm_90a", flags: tuple[str, ...] = ()) -> Module:

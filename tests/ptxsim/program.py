@@ -38,9 +38,11 @@ PARAM_WINDOW = 1 << 58
 SHARED_BASE = 1024  # the first shared address, as on sm_90, so that a null pointer is out of range
 
 # Warp-synchronous instructions: operand index of the member mask, None where it is implied.
+# wgmma's synchronise a warpgroup: four warps.
 _SYNC = {
     "shfl": -1, "vote": -1, "match": -1, "redux": -1, "elect": -1,
     "mma": None, "ldmatrix": None, "stmatrix": None, "movmatrix": None,
+    "wgmma": None,
 }  # fmt: skip
 
 _IGNORED = {
@@ -78,7 +80,8 @@ class Block:
     uses: list[int] = field(default_factory=list)
     saves: int = 0  # registers stored at the end
     fn: Callable | None = None
-    sync: tuple[Instr, object] | None = None  # first instruction is warp-synchronous
+    # The first instruction is synchronous: itself, its member mask, how many warps go together.
+    sync: tuple[Instr, object, int] | None = None
     classes: dict[str, int] = field(default_factory=dict)
     runs: int = 0  # thread-level executions in the current launch
     warp_runs: int = 0
@@ -239,6 +242,15 @@ class Program:
         self.names = 0
         self.constants: dict[tuple, str] = {}
         self.ops: list[Op] = []
+        self.wgmma_regs = {
+            r
+            for block in self.blocks
+            for instr in block.instrs
+            if instr.parts[:2] == ("wgmma", "mma_async")
+            for o in instr.operands[:2]
+            if isinstance(o, Vec)
+            for r in _registers(o)
+        }
         self.patterns: dict[tuple, int] = {}  # shared-memory wavefronts of address patterns
 
     def add_local(self, name: str, size: int, align: int) -> None:
@@ -268,14 +280,14 @@ class Program:
                 leaders.add(i + 1)
             elif _is_wait(instr):
                 leaders |= {i, i + 1}
-        synced = False  # whether this block's head already collected its warps
+        synced = 0  # how many warps this block's head has collected
         for i, instr in enumerate(instrs):
             if i in leaders:
-                synced = False
-            if (mask := sync_mask(instr)) is not False:
-                if not synced or mask is not None:
-                    leaders.add(i)
-                synced = mask is None
+                synced = 0
+            mask = sync_mask(instr)
+            if mask is not False and (mask is not None or synced < _span(instr)):
+                leaders.add(i)
+                synced = _span(instr) if mask is None else 0
         starts = sorted(x for x in leaders if x < len(instrs))
         index_of = {s: k for k, s in enumerate(starts)}
         ends = [*starts[1:], len(instrs)]
@@ -290,7 +302,7 @@ class Program:
             last = instrs[end - 1]
             nxt = k + 1
             if (mask := sync_mask(instrs[start])) is not False:
-                block.sync = (instrs[start], mask)
+                block.sync = (instrs[start], mask, _span(instrs[start]))
             if last.op == "bra":
                 target = block_at(labels[last.operands[0].name])
                 if last.guard is None:
@@ -366,6 +378,8 @@ class Program:
             reads.append(self.carry)
         if "cc" in instr.parts:
             writes.append(self.carry)
+        if instr.op == "wgmma":
+            reads += writes
         if instr.guard:
             reads.append(instr.guard[0])
             reads += writes
@@ -444,6 +458,8 @@ def _has_dest(instr: Instr) -> bool:
         return False
     if op in ("bar", "barrier"):
         return "red" in instr.parts
+    if op == "wgmma":
+        return instr.parts[1] == "mma_async"
     if op == "mbarrier":
         return instr.parts[1] in ("test_wait", "try_wait", "pending_count") or (
             instr.parts[1].startswith("arrive") and len(instr.operands) > 0
@@ -472,6 +488,10 @@ def sync_mask(instr: Instr) -> object:
     if isinstance(operand, Imm) and operand.value & 0xFFFFFFFF == 0xFFFFFFFF:
         return None
     return operand
+
+
+def _span(instr: Instr) -> int:
+    return 4 if instr.op == "wgmma" else 1
 
 
 _SPACES = ("global", "shared", "local", "param", "const")
@@ -516,6 +536,7 @@ class _Compiler:
         for instr in block.instrs:
             self.guard = instr.guard
             last = instr is block.instrs[-1]
+            self.watch(instr)
             try:
                 if last and block.term in ("jump", "branch", "brx", "exit", "bar", "wait"):
                     result = self.terminator(instr)
@@ -531,6 +552,14 @@ class _Compiler:
         code = compile(source, f"<{self.p.kernel.name} block {block.rank}>", "exec")
         exec(code, scope)
         block.fn = scope.pop("block")
+
+    def watch(self, instr: Instr) -> None:
+        """Registers of wgmma that other instructions touch."""
+        if self.p.wgmma_regs and instr.op != "wgmma":
+            reads, writes = self.p.reads_writes(instr)
+            regs = sorted(self.p.wgmma_regs.intersection(reads + writes))
+            if regs:
+                self.lines.append(f"S.wgmma_touch({self.op(Op(instr))}, {regs}, {self.mask()})")
 
     def unknown(self, instr: Instr, why: str = "") -> None:
         op = self.op(Op(instr, klass="unknown"))
@@ -810,9 +839,11 @@ class _Compiler:
 
     def emit_fence(self, instr: Instr) -> None:
         self.count("fence")
-        wide = not {"cta", "proxy", "mbarrier_init"} & set(instr.parts)
-        if wide:
+        parts = set(instr.parts)
+        if not {"cta", "proxy", "mbarrier_init"} & parts:
             self.lines.append(f"S.fence({self.mask()})")
+        elif {"proxy", "async"} <= parts and "global" not in parts:
+            self.lines.append(f"S.proxy_fence({self.mask()})")
 
     def emit_membar(self, instr: Instr) -> None:
         self.emit_fence(instr)
@@ -1007,6 +1038,36 @@ class _Compiler:
             "(" + ", ".join(self.get(o, "u4") for o in group) + ",)" for group in (a, b, c)
         )
         self.call([(o, "u4") for o in d], f"S.mma({self.p.name(plan, 'M')}, {groups})")
+
+    def emit_wgmma(self, instr: Instr) -> None:
+        from .matrix import wgmma_plan
+
+        if instr.guard:
+            self.unknown(instr, "under a predicate")
+            return
+        op = self.op(Op(instr, klass="wgmma"))
+        kind = instr.parts[1]
+        if kind != "mma_async":
+            keep = f", {instr.operands[0].value}" if kind == "wait_group" else ""
+            self.count("async")
+            self.lines.append(f"S.wgmma_{kind.removesuffix('_group')}({op}{keep})")
+            return
+        plan = wgmma_plan(instr)
+        if plan is None:
+            self.unknown(instr)
+            return
+        self.count("mma")
+        d, a, b, scale = instr.operands[:4]
+        words = "(" + ", ".join(self.get(o, "u4") for o in d.items) + ",)"
+        if isinstance(a, Vec):
+            left = "(" + ", ".join(self.get(o, "u4") for o in a.items) + ",)"
+        else:
+            left = self.get(a, "u8")
+        self.call(
+            [(o, "u4") for o in d.items],
+            f"S.wgmma({op}, {self.p.name(plan, 'M')}, {words}, {left}, {self.get(b, 'u8')}, "
+            f"{self.get(scale, 'b1')})",
+        )
 
     # --- terminators -----------------------------------------------------------------------
 

@@ -4,6 +4,10 @@ Time in a wave of CTAs is one counter that advances at synchronisation. A warp u
 did up to time known[u, w]: barriers, mbarriers and __syncwarp raise it. An access races with an
 earlier one of another thread iff the earlier one's time is beyond what the accessing warp knows.
 That some schedule happens to run warps in lockstep therefore excuses nothing.
+
+wgmma reads shared memory in the async proxy. What a warp knows to have been made visible there, by
+a fence.proxy.async of the writer or of someone who knew of the write, is kept beside what it knows
+at all and is passed on with it. Bytes that wgmma reads may change only once it is waited for.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ Excuse = Callable[[np.ndarray], np.ndarray]
 class SharedShadow:
     """Shared memory of all CTAs of a wave: writes, reads and atomics per granule of bytes."""
 
-    def __init__(self, ctas: int, warps: int, stride: int, checks: Checks) -> None:
+    def __init__(self, ctas: int, warps: int, stride: int, checks: Checks, wgmma: bool) -> None:
         self.ctas, self.warps, self.stride = ctas, warps, stride
         self.races, self.uninitialized = checks.races, checks.uninitialized
         self.warp_races = checks.warp_races
@@ -39,8 +43,14 @@ class SharedShadow:
         self.atomic: np.ndarray | None = None
         self.reader = np.zeros((warps, n), np.int32) if self.races else None  # last read per warp
         self.last_write = self.last_read = 0
-        # The diagonal is what a warp's own lanes know of each other: raised by __syncwarp.
-        self.known = np.zeros((ctas, warps, warps), np.int32)
+        # The diagonal is what a warp's own lanes know of each other: raised by __syncwarp. With
+        # wgmma the second half says the same of what is visible to the async proxy.
+        self.known = np.zeros((ctas, warps, warps * (2 if wgmma else 1)), np.int32)
+        self.wgmma = wgmma
+        # Of every 16 bytes: how many wgmma read them now, and when a warpgroup's last one ended.
+        self.flying = np.zeros(n if wgmma else 0, np.int32)
+        self.landed_at = np.zeros((-(-warps // 4), n if wgmma else 0), np.int32)
+        self.last_landing = 0
         self.floor = np.zeros(ctas, np.int32)  # everything up to here is ordered for all warps
         self.global_floor = 0
 
@@ -74,6 +84,8 @@ class SharedShadow:
         for plane in (self.writer, self.reader, self.atomic):
             if plane is not None:
                 move(plane)
+        self.landed_at = np.maximum(self.landed_at - shift, 0)
+        self.last_landing = max(self.last_landing - shift, 0)
         self.known = np.maximum(self.known - shift, 1)
         self.floor = np.maximum(self.floor - shift, 1)
         self.global_floor = max(self.global_floor - shift, 1)
@@ -87,12 +99,12 @@ class SharedShadow:
     def barrier_all(self, ctas: np.ndarray | None) -> None:
         """A barrier of all warps of these CTAs (None: of every CTA)."""
         now = self.tick()
-        if ctas is None:
-            self.known[:] = now
-            self.floor[:] = now
-        else:
-            self.known[ctas] = now
-            self.floor[ctas] = now
+        where = slice(None) if ctas is None else ctas
+        if self.wgmma:
+            visible = self.known[where, :, self.warps :].max(1, keepdims=True)
+            self.known[where, :, self.warps :] = visible
+        self.known[where, :, : self.warps] = now
+        self.floor[where] = now
         self.global_floor = int(self.floor.min())
 
     def retire(self, ctas: np.ndarray) -> None:
@@ -101,7 +113,7 @@ class SharedShadow:
         self.global_floor = int(self.floor.min())
 
     def publish(self, warps: np.ndarray) -> np.ndarray:
-        """What these warps (wave numbering) know, themselves included: [n, warps]."""
+        """What these warps (wave numbering) know, themselves included: a row for each."""
         now = self.tick()
         cta, w = np.divmod(warps, self.warps)
         rows = self.known[cta, w].copy()
@@ -120,6 +132,17 @@ class SharedShadow:
         else:
             cta, w = np.divmod(warps, self.warps)
             self.known[cta, w, w] = now
+
+    def proxy_fence(self, warps: np.ndarray) -> None:
+        """What these warps did or know of becomes visible to the async proxy."""
+        if not self.wgmma:
+            return
+        now = self.tick()
+        cta, w = np.divmod(warps, self.warps)
+        rows = self.known[cta, w]
+        rows[np.arange(len(w)), w] = now
+        visible = np.maximum(rows[:, self.warps :], rows[:, : self.warps])
+        self.known[cta, w, self.warps :] = visible
 
     # --- accesses --------------------------------------------------------------------------
 
@@ -215,6 +238,7 @@ class SharedShadow:
                 if self.atomic is not None:
                     self._check(self.atomic, rows, k, where, "updates atomically", "write")
             self._check_readers(rows, k, where)
+            self._check_matrices(flat, where)
         self.last_write = _LAST if pending else max(self.now, self.last_write)  # _LAST stays
         stamp = ((_LAST if pending else self.now) << _THREAD_BITS) | thread
         if k > 1:
@@ -261,6 +285,84 @@ class SharedShadow:
                 int(late[i]),
             )
 
+    def _check_matrices(self, flat: np.ndarray, where: tuple) -> None:
+        """May these bytes be written, for all that wgmma reads of them?"""
+        if not self.wgmma:
+            return
+        at = flat >> 4
+        busy = self.flying[at] != 0
+        if busy.any():
+            raise Found(
+                SharedRace,
+                "shared memory race: write of bytes that a wgmma in flight reads",
+                int(np.flatnonzero(busy)[0]),
+            )
+        if self.last_landing <= self.global_floor:
+            return
+        thread, cta = where
+        times = self.landed_at[:, at].T  # [accesses, warpgroups]
+        late = np.flatnonzero((times > self.floor[cta][:, None]).any(1))
+        if not len(late):
+            return
+        warp = thread[late] >> 5
+        known = np.full((len(late), 4 * times.shape[1]), _LAST)
+        known[:, : self.warps] = self.known[cta[late], warp, : self.warps]
+        known[np.arange(len(late)), warp] = _LAST  # who waits needs no barrier for itself
+        ok = known.reshape(len(late), -1, 4).min(2) >= times[late]
+        if not ok.all():
+            i, group = np.argwhere(~ok)[0]
+            raise Found(
+                SharedRace,
+                f"shared memory race: write of bytes that a wgmma of threads {128 * group} to "
+                f"{128 * group + 127} read without a barrier between",
+                int(late[i]),
+            )
+
+    def read_matrices(self, flat: np.ndarray, cta: np.ndarray, warp: np.ndarray) -> None:
+        """A wgmma begins to read pieces of 16 bytes, [warpgroups, pieces] of the wave's memory.
+
+        `warp` is each warpgroup's first one in its CTA.
+        """
+        rows, k = self._rows(flat.reshape(-1), 16)
+        stamps = self.writer.reshape(-1, k)[rows]
+        if self.uninitialized and stamps.min() == 0:
+            bad = int(np.flatnonzero((stamps == 0).any(1))[0])
+            raise Found(UninitializedShared, "wgmma on uninitialised shared memory", bad)
+        if not self.races:
+            return
+        pieces = flat.shape[1]
+        cta_of = np.repeat(cta, pieces)
+        for i in range(4):
+            where = np.repeat((warp + i) * 32, pieces), cta_of
+            self._check(self.writer, rows, k, where, "wrote", "wgmma read")
+            if self.atomic is not None:
+                self._check(self.atomic, rows, k, where, "updates atomically", "wgmma read")
+        if self.atomic is not None:
+            stamps = np.maximum(stamps, self.atomic.reshape(-1, k)[rows])
+        members = warp[:, None] + np.arange(4)
+        visible = self.known[cta[:, None], members, self.warps :].min(1)  # [warpgroups, warps]
+        writer = (stamps & ((1 << _THREAD_BITS) - 1)) >> 5
+        group = np.repeat(np.arange(len(flat)), pieces)[:, None]
+        hidden = (visible[group, writer] < stamps >> _THREAD_BITS) & (stamps != 0)
+        if hidden.any():
+            i, j = np.argwhere(hidden)[0]
+            raise Found(
+                SharedRace,
+                f"shared memory race: wgmma read of bytes that thread {int(stamps[i, j]) & 1023} "
+                "wrote without a fence.proxy.async between",
+                int(i),
+            )
+        np.add.at(self.flying, flat.reshape(-1) >> 4, 1)
+
+    def end_matrices(self, flat: np.ndarray, warp: np.ndarray) -> None:
+        """These reads have been waited for."""
+        if not self.races:
+            return
+        self.touched = True
+        self.last_landing = self.now
+        np.subtract.at(self.flying, flat.reshape(-1) >> 4, 1)
+        self.landed_at[warp[:, None] >> 2, flat >> 4] = self.now
+
     def update(self, flat: np.ndarray, size: int, where: tuple) -> None:
         """An atomic: races with plain accesses, not with other atomics."""
         self.touched = True
@@ -272,6 +374,7 @@ class SharedShadow:
         if self.races:
             self._check(self.writer, rows, k, where, "wrote", "atomic update")
             self._check_readers(rows, k, where)
+            self._check_matrices(flat, where)
             self.last_write = max(self.now, self.last_write)
             if self.atomic is None:
                 self.atomic = np.zeros_like(self.writer)

@@ -7,6 +7,8 @@ which count) or the gathered subset `idx`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from . import matrix
@@ -42,6 +44,7 @@ class Active:
         self.width = wave.slots if idx is None else len(idx)
         self.wave = wave
         self._layout: tuple | None = None
+        self.warpgroups: Warpgroups | None = None
 
     @property
     def threads(self) -> np.ndarray:
@@ -70,16 +73,71 @@ class Active:
                     self._layout = warps, slot, present.reshape(-1, 32)
         return self._layout
 
-    @property
-    def whole_warps(self) -> bool:
-        """Whether every live lane of every warp concerned is here."""
+    def whole(self, span: int) -> bool:
+        """Whether every live lane of every warp (span 1) or warpgroup (4) concerned is here."""
         if self.idx is None:
             return True
+        if span > 1:
+            return bool(self.complete(span)[self.idx].all())
         warps, _, present = self.layout
         if present is None:
             return True
         alive = self.wave.alive.reshape(-1, 32)[warps]
         return bool((present == alive).all())
+
+    def complete(self, span: int) -> np.ndarray:
+        """Per thread slot: are the live lanes of its group of `span` warps all here?"""
+        wave = self.wave
+        group = wave.cta_of * -(-wave.warps_per_cta // span) + (wave.tid_of >> 5) // span
+        here = np.bincount(group[self.threads], minlength=int(group[-1]) + 1)
+        return (here == np.bincount(group, wave.alive))[group]
+
+
+@dataclass
+class Warpgroups:
+    """The warpgroups that execute together."""
+
+    rows: np.ndarray  # of to_warps(), four per warpgroup
+    index: np.ndarray  # in the wave
+    cta: np.ndarray  # in the wave
+    warp: np.ndarray  # the first one in the CTA
+
+    def part(self, pick: np.ndarray) -> Warpgroups:
+        rows = self.rows.reshape(-1, 4)[pick].reshape(-1)
+        return Warpgroups(rows, self.index[pick], self.cta[pick], self.warp[pick])
+
+
+@dataclass
+class Flight:
+    """A wgmma that has not been waited for."""
+
+    groups: Warpgroups
+    batch: np.ndarray  # how many groups each warpgroup had committed before
+    registers: frozenset[int]
+    reads: list[np.ndarray]  # pieces of shared memory, [warpgroups, pieces]
+
+    def part(self, pick: np.ndarray) -> Flight:
+        reads = [flat[pick] for flat in self.reads]
+        return Flight(self.groups.part(pick), self.batch[pick], self.registers, reads)
+
+
+_CLEAN, _TOUCHED = 0, -1  # beside the number of the shape that accumulates in a register
+
+
+class WgmmaState:
+    """What the warpgroups of a wave have under way."""
+
+    def __init__(self, warpgroups: int) -> None:
+        self.committed = np.zeros(warpgroups, np.int64)
+        self.fenced = np.zeros(warpgroups, bool)
+        self.flights: list[Flight] = []
+        self.touched: dict[int, np.ndarray] = {}  # since the last fence, by register
+        self.shapes: dict[tuple, int] = {}
+
+    def of(self, register: int) -> np.ndarray:
+        if register not in self.touched:
+            self.touched[register] = np.zeros(len(self.committed), np.int16)
+        return self.touched[register]
 
 
 class Wave:
@@ -121,12 +179,16 @@ class Wave:
         self.local = np.zeros(self.slots * self.local_stride if program.local_size else 16, U1)
         self.shadow = None
         if checks.races or checks.uninitialized:
-            self.shadow = SharedShadow(ctas, self.warps_per_cta, self.stride, checks)
+            wgmma = bool(program.wgmma_regs)
+            self.shadow = SharedShadow(ctas, self.warps_per_cta, self.stride, checks, wgmma)
+        # How much a warp knows of the others: the length of a row of the shadow's `known`.
+        self.facts = self.warps_per_cta if self.shadow is None else self.shadow.known.shape[2]
         self.globals = globals_
         self.ticks = 0
         self.rng: np.random.Generator | None = None
         self.copies: list[list] = []  # pending cp.async: [threads, flat, data, size, group]
         self.committed = np.zeros(self.slots, np.int64)
+        self.wgmma_state = WgmmaState(ctas * -(-self.warps_per_cta // 4))
         self.mbar_known: dict[int, np.ndarray] = {}
         self.woken = False  # an mbarrier phase completed
         self.active: Active = Active(self, None, None, self.slots)
@@ -893,9 +955,7 @@ class Wave:
                     expected -= int(counts[i])
                 if know is not None:
                     f = int(flat[i])
-                    slot = self.mbar_known.setdefault(
-                        f, np.zeros((2, self.warps_per_cta), np.int32)
-                    )
+                    slot = self.mbar_known.setdefault(f, np.zeros((2, self.facts), np.int32))
                     np.maximum(slot[0], know[i], out=slot[0])
             if pending == 0 and left == 0:
                 phase ^= 1
@@ -921,7 +981,7 @@ class Wave:
             at = np.flatnonzero(done)
             warps = threads[at] >> 5
             keep = np.flatnonzero(np.concatenate(([True], warps[1:] != warps[:-1])))
-            rows = np.zeros((len(keep), self.warps_per_cta), np.int32)
+            rows = np.zeros((len(keep), self.facts), np.int32)
             for j, i in enumerate(at[keep].tolist()):
                 slot = self.mbar_known.get(int(flat[i]))
                 if slot is not None:
@@ -1150,6 +1210,152 @@ class Wave:
     def movmatrix(self, a: np.ndarray) -> list[np.ndarray]:
         m = np.ascontiguousarray(self.to_warps(a)).view(U2).reshape(-1, 8, 8).swapaxes(1, 2)
         return [self.from_warps(np.ascontiguousarray(m).view(U4).reshape(-1, 32))]
+
+    # --- wgmma -----------------------------------------------------------------------------
+    # The product is formed when it is issued; until it is waited for, its registers and the
+    # memory that it reads are watched instead.
+
+    def proxy_fence(self, mask) -> None:
+        if self.shadow is not None:
+            _, threads = self.lanes(mask)
+            if len(threads):
+                # A fence by some lanes is taken for one by their warp.
+                self.shadow.proxy_fence(np.unique(threads >> 5))
+
+    def _warpgroups(self, op: Op) -> Warpgroups:
+        if self.active.warpgroups is None:
+            warps, _, present = self.active.layout
+            rows = np.arange(len(warps)) if present is None else np.flatnonzero(present.any(1))
+            cta, warp = np.divmod(warps[rows], self.warps_per_cta)
+            group = cta * -(-self.warps_per_cta // 4) + warp // 4
+            lanes = np.full(len(rows), 32) if present is None else present[rows].sum(1)
+            short = np.bincount(group, lanes)[group] != 128
+            if short.any():
+                first = int(warps[rows[np.flatnonzero(short)[0]]]) * 32
+                self.fail(BarrierError, "a warpgroup without all of its 128 threads", op, first)
+            self.active.warpgroups = Warpgroups(rows, group[::4], cta[::4], warp[::4])
+        return self.active.warpgroups
+
+    def wgmma_fence(self, op: Op) -> None:
+        groups = self._warpgroups(op).index
+        self.wgmma_state.fenced[groups] = True
+        for touched in self.wgmma_state.touched.values():
+            touched[groups] = _CLEAN
+
+    def wgmma_commit(self, op: Op) -> None:
+        self.wgmma_state.committed[self._warpgroups(op).index] += 1
+
+    def wgmma_wait(self, op: Op, keep: int) -> None:
+        state = self.wgmma_state
+        groups = self._warpgroups(op).index
+        limit = np.full(len(state.committed), -1)
+        limit[groups] = state.committed[groups] - keep
+        flying = []
+        for flight in state.flights:
+            done = flight.batch < limit[flight.groups.index]
+            if self.shadow is not None and done.any():
+                for flat in flight.reads:
+                    self.shadow.end_matrices(flat[done], flight.groups.warp[done])
+            if not done.all():
+                flying.append(flight.part(~done))
+        state.flights = flying
+
+    def wgmma_touch(self, op: Op, regs: list[int], mask) -> None:
+        """Another instruction uses registers of wgmma."""
+        _, threads = self.lanes(mask)
+        if not len(threads):
+            return
+        cta, warp = self.cta_of[threads], self.tid_of[threads] >> 5
+        groups = cta * -(-self.warps_per_cta // 4) + warp // 4
+        state = self.wgmma_state
+        for flight in state.flights:
+            if not flight.registers.isdisjoint(regs):
+                busy = np.isin(groups, flight.groups.index)
+                if busy.any():
+                    name = self.program.reg_names[min(flight.registers.intersection(regs))]
+                    thread = int(threads[np.flatnonzero(busy)[0]])
+                    self.fail(SharedRace, f"{name} belongs to a wgmma in flight", op, thread)
+        for r in regs:
+            state.of(r)[groups] = _TOUCHED
+
+    def wgmma(self, op: Op, plan, d: tuple, a, b, scale) -> list[np.ndarray]:
+        groups, state = self._warpgroups(op), self.wgmma_state
+        rows = groups.rows
+        first = self.active.layout[0][rows[::4]] * 32  # a thread of each group, for messages
+
+        def uniform(x: np.ndarray, what: str) -> np.ndarray:
+            values = self.to_warps(x)[rows].reshape(-1, 128)
+            differ = (values != values[:, :1]).any(1)
+            if differ.any():
+                thread = int(first[np.flatnonzero(differ)[0]])
+                self.fail(BarrierError, f"{what} differs within a warpgroup", op, thread)
+            return values[:, 0]
+
+        self._wgmma_order(op, plan, groups, first)
+        reads = []
+
+        def operand(descriptor: np.ndarray, count: int, outer: bool) -> np.ndarray:
+            address = matrix.wgmma_pieces(uniform(descriptor, "a descriptor"), count, outer)
+            flat = self._matrix_pieces(op, address.reshape(len(first), -1), groups, first)
+            reads.append(flat)
+            words = self._shared_views[8].reshape(-1, 2)[flat >> 4]
+            return matrix.wgmma_operand(
+                np.ascontiguousarray(words.reshape(*address.shape, 2)), plan.in_type, outer
+            )
+
+        if plan.a:
+            left = matrix.wgmma_fragment(self._stack(a)[rows], plan.in_type)
+        else:
+            left = operand(a, 64, plan.a_outer)
+        right = operand(b, plan.n, plan.b_outer)
+        keep = uniform(scale, "scale-d")
+        out = self._stack(d)
+        out[rows] = matrix.wgmma(plan, left, right, out[rows], keep)
+        registers = frozenset(plan.d + plan.a)
+        state.flights.append(Flight(groups, state.committed[groups.index], registers, reads))
+        self.report.mma += len(rows)
+        return [self.from_warps(np.ascontiguousarray(out[:, i])) for i in range(out.shape[1])]
+
+    def _matrix_pieces(self, op: Op, address: np.ndarray, groups, first) -> np.ndarray:
+        """Checked positions of 16-byte pieces [warpgroups, pieces] in the wave's shared memory."""
+        outside = (address < SHARED_BASE) | (address + 16 > SHARED_BASE + self.smem)
+        if outside.any():
+            i, j = np.argwhere(outside)[0]
+            self.fail(
+                OutOfBounds,
+                f"wgmma reads outside the {self.smem} bytes of this CTA "
+                f"(offset {int(address[i, j]) - SHARED_BASE})",
+                op, int(first[i]), address[i, j],
+            )  # fmt: skip
+        flat = address + (groups.cta * self.stride - SHARED_BASE)[:, None]
+        if self.shadow is not None:
+            try:
+                self.shadow.read_matrices(flat, groups.cta, groups.warp)
+            except Found as found:
+                i, j = divmod(found.lane, address.shape[1])
+                self.fail(found.kind, found.message, op, int(first[i]), address[i, j])
+        return flat
+
+    def _wgmma_order(self, op: Op, plan, groups: Warpgroups, first: np.ndarray) -> None:
+        """wgmma.fence stands between other uses of a register and wgmma's.
+
+        Accumulators that wgmmas of one shape share are ordered without it.
+        """
+        state = self.wgmma_state
+
+        def need(bad: np.ndarray, why: str) -> None:
+            if bad.any():
+                thread = int(first[np.flatnonzero(bad)[0]])
+                self.fail(SharedRace, f"wgmma without wgmma.fence: {why}", op, thread)
+
+        need(~state.fenced[groups.index], "the warpgroup's first one")
+        shape = state.shapes.setdefault((plan.n, plan.in_type, plan.d_type), len(state.shapes) + 1)
+        for r in (*plan.d, *plan.a):
+            before = state.of(r)[groups.index]
+            fine = (before == _CLEAN) | (before == shape) if r in plan.d else before == _CLEAN
+            need(~fine, f"{self.program.reg_names[r]} was used otherwise")
+        for r in plan.d:
+            state.of(r)[groups.index] = shape
 
     # --- printf, assert --------------------------------------------------------------------
 
