@@ -6,7 +6,7 @@ import pytest
 import torch
 from projections import assert_as_good_as, normal
 from ptxsim import runtime
-from ptxsim.harness import nvcc
+from ptxsim.harness import cutlass_headers, nvcc
 
 ROOT = runtime.ROOT
 TYPES = {
@@ -16,6 +16,7 @@ TYPES = {
     torch.int8: "int8_t",
     torch.float8_e4m3fn: "__nv_fp8_e4m3",
 }
+CUTLASS = cutlass_headers()
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc, to compile the kernel to PTX")
 
 SOURCE = r"""
@@ -26,7 +27,7 @@ using namespace mtp::cuda;
 template <typename G, typename A, typename B>
 __global__ void __launch_bounds__(G::kThreads, G::kCtasPerSm)
     kernel(Matrix<A> a, Matrix<B> b, float* c, int64_t k) {
-  extern __shared__ __align__(128) unsigned char smem[];
+  extern __shared__ __align__(1024) unsigned char smem[];
   const int64_t m = static_cast<int64_t>(blockIdx.x) * G::kTile;
   const int64_t n = static_cast<int64_t>(blockIdx.y) * G::kTile;
   typename G::Accumulator acc = {};
@@ -84,8 +85,10 @@ def library():
     headers = sorted((ROOT / "csrc/cuda/common").glob("*.cuh"))
     digest = hashlib.sha256(b"".join(h.read_bytes() for h in headers)).hexdigest()
     text = "\n".join([f"// {digest}", SOURCE, *lines])
-    include = (f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include")
-    return runtime.compile(text, archs=("80", "90a"), flags=include)
+    flags = [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
+    if CUTLASS:
+        flags += [f"-I{CUTLASS}", "-DMTP_WITH_CUTLASS"]
+    return runtime.compile(text, archs=("80", "90a"), flags=tuple(flags))
 
 
 def stored(x, outer, fill):
@@ -130,15 +133,17 @@ def test_adds_to_what_is_there(library):
     assert_as_good_as(c, 1 + a.float() @ b.float().T, 1 + a.double() @ b.double().T)
 
 
-def test_every_byte_is_copied_once_per_tile(library):
+@pytest.mark.parametrize("device", ["h100", "a100"])
+def test_every_byte_is_copied_once_per_tile(library, device):
     m, n, k = 128, 256, 256
+    columns = 128 if CUTLASS and device == "h100" else 8  # of 16 rows, per warp and instruction
     a, b, c = values(m, k, BF16, 1), values(n, k, BF16, 2), torch.zeros(m, n)
-    with runtime.record() as launches:
+    with runtime.record(device) as launches:
         library.call(
             name_of("nt", BF16, BF16), a=a, b=b, c=c, m=m, n=n, k=k, a_stride=k, b_stride=k
         )
     (report,) = launches
-    assert report.mma == m * n * k // (16 * 8 * 16)
+    assert report.mma == m * n * k // (16 * columns * 16)
     assert report.loaded_bytes("b") == report.unique_bytes("b") == b.nbytes
     assert report.loaded_bytes("a") == 2 * report.unique_bytes("a") == 2 * a.nbytes
     assert report.sector_efficiency("a") == report.sector_efficiency("b") == 1.0

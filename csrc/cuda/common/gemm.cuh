@@ -1,10 +1,12 @@
-// C = A B^T for large M, on sm_80 and up: cp.async stages, ldmatrix, mma.sync m16n8k16, f32 sums.
+// C = A B^T for large M on sm_80 and up: cp.async stages, tensor cores, f32 sums. On sm_90a two
+// operands of one 16-bit type are multiplied by wgmma (wgmma.cuh) as they lie in shared memory, all
+// else by mma.sync m16n8k16 on fragments in registers.
 //
-// A CTA of 8 warps makes a 128 x 128 tile of C, a warp 64 x 32 of it in 64 registers. Both operands
-// are copied as they lie in memory, 32 steps of k per stage, and become tensor-core operands in
-// registers (operand.cuh), so any two element types meet. Each may be stored with k innermost
-// (kInner) or with k as the slow dimension (kOuter), which covers a layer's product and both of its
-// gradients:
+// A CTA of 8 warps makes a 128 x 128 tile of C, 64 sums per thread: with wgmma a warp has 16 x 128
+// of it, with mma.sync 64 x 32. Both operands are copied as they are, 32 steps of k per stage; what
+// mma.sync takes becomes a tensor-core operand in registers (operand.cuh), so any two element types
+// meet. Each may be stored with k innermost (kInner) or with k as the slow dimension (kOuter),
+// which covers a layer's product and both of its gradients:
 //
 //   y = x w^T        A = x  [m, k] kInner,  B = w [n, k] kInner
 //   dx = dy w        A = dy [m, k] kInner,  B = w [k, n] kOuter
@@ -12,13 +14,14 @@
 //
 // Any sizes: what lies outside is neither read nor counts. Rows in memory must be aligned to 16
 // bytes (one-byte elements, which are kInner only, to 8). Pieces of 16 bytes are swizzled so that
-// neither copies nor fragment loads have bank conflicts. A sum runs over ascending k whatever the
-// sizes, so a row's bits depend neither on m nor on the other rows.
+// neither copies nor fragment loads have bank conflicts, 16-bit ones as wgmma reads them. A sum
+// runs over ascending k whatever the sizes, so a row's bits depend neither on m nor on the other
+// rows.
 //
-// Shared memory: 68 KB for 16-bit operands (4 stages, or a finished tile), 72 KB with one f32
-// operand and 96 KB with two (3 stages): one CTA fits every sm_8x and sm_12x device, two of the
-// first fit sm_80 and sm_90. Registers, no spills on sm_80 and sm_90a: at most 128 for 16-bit and
-// one-byte operands, 187 with f32. wgmma would be faster on sm_90a; one core for all comes first.
+// Shared memory, aligned to 1024 bytes: 68 KB for 16-bit operands (4 stages, or a finished tile),
+// 72 KB with one f32 operand and 96 KB with two (3 stages): one CTA fits every sm_8x and sm_12x
+// device, two of the first fit sm_80 and sm_90. Registers, no spills on sm_80 and sm_90a: at most
+// 128 for 16-bit and one-byte operands, 216 with f32.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +30,7 @@
 #include "cuda/common/async_copy.cuh"
 #include "cuda/common/operand.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/common/wgmma.cuh"
 #include "mtp/types.h"
 
 namespace mtp::cuda {
@@ -55,8 +59,14 @@ struct Gemm {
   static constexpr int kCtasPerSm = kWide ? 1 : 2;
   using C = ProductType<A, B>;
 
-  // A warp's part of the tile: 4 x 4 blocks of 16 x 8.
-  using Accumulator = float[4][4][4];
+  static constexpr bool kWgmma = kHasWgmma && std::is_same_v<A, B> && sizeof(A) == 2;
+  using Warpgroup = Wgmma<A, kOrderA == Order::kOuter, kOrderB == Order::kOuter>;
+  // Stages that are copied ahead of use. Of the others one is in use, and with wgmma, which reads
+  // while its warps go on, the one before too.
+  static constexpr int kAhead = kStages - (kWgmma ? 2 : 1);
+
+  // A warp's part of the tile: 16 blocks of 16 x 8, 4 x 4 of them or, with wgmma, side by side.
+  using Accumulator = float[16][4];
 
   // How a stage of one operand lies in shared memory.
   template <typename T, Order kOrder>
@@ -66,13 +76,27 @@ struct Gemm {
     static constexpr int kColumns = kRowBytes / 16, kPiece = 16 / sizeof(T);
     static constexpr int kPieces = kTile * kDepth * sizeof(T) / 16 / kThreads;  // per thread
 
-    static __device__ __forceinline__ int offset(int row, int column) {
+    static constexpr __device__ __forceinline__ int offset(int row, int column) {
       if constexpr (kOrder == Order::kInner) {
         column ^= sizeof(T) == 1 ? row >> 2 & 1 : sizeof(T) == 2 ? row >> 1 & 3 : (row & 3) << 1;
+      } else if constexpr (sizeof(T) == 2) {  // two halves of 64 columns, one behind the other
+        return row * 128 + (column >> 3) * kDepth * 128 + ((column ^ row) & 7) * 16;
       } else {
-        column ^= sizeof(T) == 2 ? row & 7 : row & 6;
+        column ^= row & 6;
       }
       return row * kRowBytes + column * 16;
+    }
+
+    // Whether wgmma looks for every piece where offset() has it.
+    static constexpr bool suits_wgmma() {
+      constexpr bool outer = kOrder == Order::kOuter;
+      for (int row = 0; row < (outer ? kDepth : kTile); ++row) {
+        for (int column = 0; column < kColumns; ++column) {
+          const int mn = outer ? column * kPiece : row, k = outer ? row : column * kPiece;
+          if (Warpgroup::template offset<outer>(mn, k) != offset(row, column)) return false;
+        }
+      }
+      return true;
     }
 
     // Copies rows first .. first + 127 of the operand, steps k .. k + 31 of k_end.
@@ -166,13 +190,44 @@ struct Gemm {
     return aligned_16(x.data) && x.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   }
 
+  // acc += a b^T over the 32 steps of a stage.
+  static __device__ __forceinline__ void multiply_stage(const unsigned char* stage,
+                                                        Accumulator& acc) {
+    const int warp = threadIdx.x / kWarp, row = warp / 4 * 64, column = warp % 4 * 32;
+    constexpr int kSummandsA = Operand<A, C>::kSummands, kSummandsB = Operand<B, C>::kSummands;
+#pragma unroll
+    for (int step = 0; step < kDepth; step += 16) {
+      uint32_t of_b[2][kSummandsB][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        StageB::fragment(stage + kBytesA, column + j * 16, step, of_b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t of_a[kSummandsA][4];
+        StageA::fragment(stage, row + i * 16, step, of_a);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int p = 0; p < kSummandsA; ++p) {
+#pragma unroll
+            for (int q = 0; q < kSummandsB; ++q) {
+              if (summands_meet(p, q)) {
+                mma<C>(acc[i * 4 + j], of_a[p], of_b[j / 2][q][j % 2], of_b[j / 2][q][j % 2 + 2]);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
   // acc += rows m .. m + 127 of a times rows n .. n + 127 of b, over steps k_begin .. k_end - 1;
   // k_begin must be a multiple of 16. Shared memory is free for other use afterwards, and must be
   // free of readers before.
   static __device__ __forceinline__ void multiply(const Matrix<A>& a, int64_t m, const Matrix<B>& b,
                                                   int64_t n, int64_t k_begin, int64_t k_end,
                                                   unsigned char* smem, Accumulator& acc) {
-    const int warp = threadIdx.x / kWarp, row = warp / 4 * 64, column = warp % 4 * 32;
     int64_t k_load = k_begin;
     const auto load = [&](int slot) {
       if (k_load < k_end) {
@@ -184,42 +239,25 @@ struct Gemm {
       commit_copies();
     };
 #pragma unroll 1  // unrolled, sm_80 code spills
-    for (int s = 0; s < kStages - 1; ++s) load(s);
-    int slot = 0, free_slot = kStages - 1;
+    for (int s = 0; s < kAhead; ++s) load(s);
+    int slot = 0, free_slot = kAhead;
     for (int64_t k = k_begin; k < k_end; k += kDepth) {
-      wait_copies<kStages - 2>();
+      wait_copies<kAhead - 1>();
+      if constexpr (kWgmma) Warpgroup::publish_copies();
       __syncthreads();
       load(free_slot);
       free_slot = free_slot + 1 == kStages ? 0 : free_slot + 1;
       const unsigned char* const stage = smem + slot * kStageBytes;
       slot = slot + 1 == kStages ? 0 : slot + 1;
-#pragma unroll
-      for (int step = 0; step < kDepth; step += 16) {
-        constexpr int kSummandsA = Operand<A, C>::kSummands, kSummandsB = Operand<B, C>::kSummands;
-        uint32_t of_b[2][kSummandsB][4];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          StageB::fragment(stage + kBytesA, column + j * 16, step, of_b[j]);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t of_a[kSummandsA][4];
-          StageA::fragment(stage, row + i * 16, step, of_a);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int p = 0; p < kSummandsA; ++p) {
-#pragma unroll
-              for (int q = 0; q < kSummandsB; ++q) {
-                if (summands_meet(p, q)) {
-                  mma<C>(acc[i][j], of_a[p], of_b[j / 2][q][j % 2], of_b[j / 2][q][j % 2 + 2]);
-                }
-              }
-            }
-          }
-        }
+      if constexpr (kWgmma) {
+        static_assert(StageA::suits_wgmma() && StageB::suits_wgmma());
+        Warpgroup::start(stage, stage + kBytesA, acc);
+        Warpgroup::template wait<1>(acc);
+      } else {
+        multiply_stage(stage, acc);
       }
     }
+    if constexpr (kWgmma) Warpgroup::template wait<0>(acc);
     wait_copies<0>();
     __syncthreads();
   }
@@ -228,15 +266,14 @@ struct Gemm {
   template <typename Body>
   static __device__ __forceinline__ void each_pair(const Accumulator& acc, const Body& body) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int row = (kWgmma ? warp * 16 : warp / 4 * 64) + lane / 4;
+    const int column = (kWgmma ? 0 : warp % 4 * 32) + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 16; ++i) {
+      const int down = kWgmma ? 0 : i / 4 * 16, right = (kWgmma ? i : i % 4) * 8;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          body(warp / 4 * 64 + i * 16 + h * 8 + lane / 4, warp % 4 * 32 + j * 8 + lane % 4 * 2,
-               acc[i][j][2 * h], acc[i][j][2 * h + 1]);
-        }
+      for (int h = 0; h < 2; ++h) {
+        body(row + down + h * 8, column + right, acc[i][2 * h], acc[i][2 * h + 1]);
       }
     }
   }

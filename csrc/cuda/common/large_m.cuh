@@ -87,17 +87,18 @@ __global__ void __launch_bounds__(256, sizeof(A) == 4 || sizeof(B) == 4 ? 1 : 2)
   using G = Gemm<A, Order::kInner, B, Order::kInner>;
   static_assert(G::kThreads == kStreamThreads && G::kTile == kStreamTile,
                 "the epilogues serve both kernels");
-  extern __shared__ __align__(128) unsigned char smem[];
-  float* const tile_smem = reinterpret_cast<float*>(smem);
+  extern __shared__ __align__(1024) unsigned char aligned_smem[];
+  float* const tile_smem = reinterpret_cast<float*>(aligned_smem);
   const int first = blockIdx.x * G::kTile;
   const int rows = static_cast<int>(min(p.a.extent - first, static_cast<int64_t>(G::kTile)));
   const int tiles = static_cast<int>((p.b.extent + G::kTile - 1) / G::kTile);
   const int64_t k_begin = blockIdx.z * p.k_per_split;
-  Epilogue epilogue(e, reinterpret_cast<float*>(smem + G::kSmemBytes), blockIdx.y, first, rows);
+  Epilogue epilogue(e, reinterpret_cast<float*>(aligned_smem + G::kSmemBytes), blockIdx.y, first,
+                    rows);
   for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     typename G::Accumulator acc = {};
     G::multiply(p.a, first, p.b, static_cast<int64_t>(tile) * G::kTile, k_begin,
-                min(p.k, k_begin + p.k_per_split), smem, acc);
+                min(p.k, k_begin + p.k_per_split), aligned_smem, acc);
     G::store_tile(acc, tile_smem);
     __syncthreads();
     epilogue.take({tile_smem, G::kTilePitch, nullptr, tile, static_cast<int>(blockIdx.z),
