@@ -14,4 +14,7 @@ if(_lines EQUAL 2)
   list(GET _answer 1 MTP_CUTLASS_VERSION)
   target_include_directories(mtp_cutlass SYSTEM INTERFACE ${_include})
   target_compile_definitions(mtp_cutlass INTERFACE MTP_WITH_CUTLASS)
+elseif(MTP_WITH_CUDA)
+  message(STATUS "mtp_ext: no CUTLASS headers (pip install --no-deps nvidia-cutlass): many rows "
+                 "are multiplied without wgmma on sm_90a")
 endif()
