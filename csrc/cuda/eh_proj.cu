@@ -7,7 +7,7 @@
 // sees it: each adds up the squares of its part, and the last CTA to arrive at a tile turns them
 // into the factors of the two halves. Nothing is read twice for it and no CTA waits.
 //
-// More than 64 rows: the tiled product (large_m.cuh), over rows packed beforehand.
+// More than 64 rows: the tiled product (large_m.cuh), which gathers and normalises as it copies.
 #include "mtp/eh_proj.h"
 
 #include "cuda/common/stream_linear.cuh"

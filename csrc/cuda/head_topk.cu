@@ -258,7 +258,7 @@ LargeProblem large_problem(const HeadTopkParams& p, int64_t rows) {
   large.segments[0] = segment_of(p);
   large.segment_count = 1;
   large.weight = p.weight;
-  large.packed = p.workspace;
+  large.prepared = p.workspace;
   large.rows = rows;
   large.n = p.v;
   large.k = p.h;
@@ -286,7 +286,7 @@ Workspace lay_out(const HeadTopkParams& p, int64_t rows) {
   int64_t lists = kMaxLists;
   if (p.m > kMaxStreamRows) {
     const LargeProblem large = large_problem(p, rows);
-    w.lists = large.packed_bytes();
+    w.lists = large.prepared_bytes();
     lists = large_stripes(large);
   }
   w.sums = w.lists + align_256(lists * rows * p.k * 8);

@@ -112,15 +112,15 @@ struct LinearEpilogue {
 
 // Where a pass keeps what in the workspace.
 struct Workspace {
-  int64_t packed, parts, squares, tickets, end;
+  int64_t prepared, parts, squares, tickets, end;
 };
 
 Workspace lay_out(const LinearParams& p, int64_t rows, int parts, int64_t row_tiles,
-                  int64_t packed) {
+                  int64_t prepared) {
   const int64_t tiles = p.plan.tiles() * row_tiles;
   Workspace w;
-  w.packed = 0;
-  w.parts = align_256(packed);
+  w.prepared = 0;
+  w.parts = align_256(prepared);
   w.squares = w.parts + (parts > 1 ? align_256(parts * rows * p.plan.n * 4) : 0);
   w.tickets = w.squares + (parts > 1 && row_tiles == 1 ? align_256(tiles * parts * rows * 4) : 0);
   w.end = w.tickets + (parts > 1 ? tiles * 8 : 0);
@@ -156,7 +156,7 @@ LargeProblem large_problem(const LinearParams& p) {
   large.segments[1] = p.segments[1];
   large.segment_count = p.plan.segments;
   large.weight = p.weight;
-  large.packed = p.workspace;
+  large.prepared = p.workspace;
   large.rows = p.rows;
   large.n = p.plan.n;
   large.k = p.plan.segments * p.plan.length;
@@ -189,7 +189,7 @@ int64_t linear_workspace(const LinearParams& p) {
   const LargeProblem large = large_problem(p);
   const int splits =
       static_cast<int>(std::max<int64_t>(1, ceil_div(large.k, large_k_per_split(large))));
-  return lay_out(p, p.rows, splits, large.row_tiles(), large.packed_bytes()).end;
+  return lay_out(p, p.rows, splits, large.row_tiles(), large.prepared_bytes()).end;
 }
 
 void launch_linear(const LinearParams& p, const char* op, cudaStream_t stream) {
@@ -197,7 +197,7 @@ void launch_linear(const LinearParams& p, const char* op, cudaStream_t stream) {
     const LargeProblem large = large_problem(p);
     const int64_t k_per_split = large_k_per_split(large);
     const int splits = static_cast<int>(std::max<int64_t>(1, ceil_div(large.k, k_per_split)));
-    const Workspace w = lay_out(p, p.rows, splits, large.row_tiles(), large.packed_bytes());
+    const Workspace w = lay_out(p, p.rows, splits, large.row_tiles(), large.prepared_bytes());
     launch_large<LinearEpilogue, false>(large, make_epilogue(p, 0, p.rows, 1, splits, w),
                                         std::min(large.tiles(), 65535), splits, k_per_split,
                                         LinearEpilogue::kBytes, stream, op);

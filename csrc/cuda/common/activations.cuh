@@ -138,12 +138,26 @@ __device__ __forceinline__ RawPiece load_raw(const Segment& s, int64_t at) {
   return load_raw(s.dtype, s.data, at, s.aligned);
 }
 
+// Elements k, k + 1, .. of what a norm multiplies by.
+template <int kCount>
+__device__ __forceinline__ void load_norm_weight(const Segment& s, int64_t k, float offset,
+                                                 float (&w)[kCount]) {
+  if constexpr (kCount == 8) {
+    widen_raw(s.norm_dtype, load_raw(s.norm_dtype, s.norm_weight, k, s.norm_aligned), w);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) w[i] = load_as(s.norm_dtype, s.norm_weight, k + i);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) w[i] += offset;
+}
+
 __device__ __forceinline__ void scale_by_norm_weight(const Segment& s, int64_t k, float offset,
                                                      float (&x)[8]) {
   float w[8];
-  widen_raw(s.norm_dtype, load_raw(s.norm_dtype, s.norm_weight, k, s.norm_aligned), w);
+  load_norm_weight(s, k, offset, w);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] *= w[i] + offset;
+  for (int i = 0; i < 8; ++i) x[i] *= w[i];
 }
 
 __device__ __forceinline__ float rms_factor(float squares, int64_t length, float eps) {

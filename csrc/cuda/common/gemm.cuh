@@ -99,13 +99,20 @@ struct Gemm {
       return true;
     }
 
-    // Copies rows first .. first + 127 of the operand, steps k .. k + 31 of k_end.
-    static __device__ __forceinline__ void load(uint32_t to, const Matrix<T>& x, int64_t first,
-                                                int64_t k, int64_t k_end) {
+    // body(row, column) for the pieces that this thread copies, stage by stage the same.
+    template <typename Body>
+    static __device__ __forceinline__ void each_piece(const Body& body) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         const int piece = i * kThreads + threadIdx.x;
-        const int row = piece / kColumns, column = piece % kColumns;
+        body(piece / kColumns, piece % kColumns);
+      }
+    }
+
+    // Copies rows first .. first + 127 of the operand, steps k .. k + 31 of k_end.
+    static __device__ __forceinline__ void load(uint32_t to, const Matrix<T>& x, int64_t first,
+                                                int64_t k, int64_t k_end) {
+      each_piece([&](int row, int column) {
         const bool inner = kOrder == Order::kInner;
         const int64_t outer_at = (inner ? first : k) + row;
         const int64_t inner_at = (inner ? k : first) + column * kPiece;
@@ -120,7 +127,7 @@ struct Gemm {
         } else {
           copy16(at, from, bytes);
         }
-      }
+      });
     }
 
     // Rows mn .. mn + 15, steps k .. k + 15 of the stage, as mma's A operand.
@@ -222,17 +229,36 @@ struct Gemm {
     }
   }
 
-  // acc += rows m .. m + 127 of a times rows n .. n + 127 of b, over steps k_begin .. k_end - 1;
-  // k_begin must be a multiple of 16. Shared memory is free for other use afterwards, and must be
-  // free of readers before.
+  // Rows of A that are multiplied as they lie in memory.
+  struct PlainRows {
+    const Matrix<A>& a;
+    int64_t first;
+
+    __device__ __forceinline__ void load(uint32_t to, int64_t k, int64_t k_end) const {
+      StageA::load(to, a, first, k, k_end);
+    }
+    __device__ __forceinline__ void finish(unsigned char*, int64_t, int64_t) const {}
+  };
+
   static __device__ __forceinline__ void multiply(const Matrix<A>& a, int64_t m, const Matrix<B>& b,
                                                   int64_t n, int64_t k_begin, int64_t k_end,
+                                                  unsigned char* smem, Accumulator& acc) {
+    multiply(PlainRows{a, m}, b, n, k_begin, k_end, smem, acc);
+  }
+
+  // acc += 128 rows of A times rows n .. n + 127 of b, over steps k_begin .. k_end - 1; k_begin
+  // must be a multiple of 16. Shared memory is free for other use afterwards, and must be free of
+  // readers before. rows.load() begins the copies of a stage of A; rows.finish() finds the pieces
+  // that this thread has copied arrived, and may change them in place.
+  template <typename Rows>
+  static __device__ __forceinline__ void multiply(const Rows& rows, const Matrix<B>& b, int64_t n,
+                                                  int64_t k_begin, int64_t k_end,
                                                   unsigned char* smem, Accumulator& acc) {
     int64_t k_load = k_begin;
     const auto load = [&](int slot) {
       if (k_load < k_end) {
         const uint32_t to = shared_address(smem) + slot * kStageBytes;
-        StageA::load(to, a, m, k_load, k_end);
+        rows.load(to, k_load, k_end);
         StageB::load(to + kBytesA, b, n, k_load, k_end);
         k_load += kDepth;
       }
@@ -242,13 +268,14 @@ struct Gemm {
     for (int s = 0; s < kAhead; ++s) load(s);
     int slot = 0, free_slot = kAhead;
     for (int64_t k = k_begin; k < k_end; k += kDepth) {
+      unsigned char* const stage = smem + slot * kStageBytes;
+      slot = slot + 1 == kStages ? 0 : slot + 1;
       wait_copies<kAhead - 1>();
+      rows.finish(stage, k, k_end);
       if constexpr (kWgmma) Warpgroup::publish_copies();
       __syncthreads();
       load(free_slot);
       free_slot = free_slot + 1 == kStages ? 0 : free_slot + 1;
-      const unsigned char* const stage = smem + slot * kStageBytes;
-      slot = slot + 1 == kStages ? 0 : slot + 1;
       if constexpr (kWgmma) {
         static_assert(StageA::suits_wgmma() && StageB::suits_wgmma());
         Warpgroup::start(stage, stage + kBytesA, acc);

@@ -1,9 +1,15 @@
 // The projections for more than 64 rows: the tiled product of gemm.cuh with an operator's epilogue.
 //
-// Gathering, norm and concatenation come first, in a launch of their own that writes the rows as
-// the product wants them: done inside it, every column tile would repeat them for its rows. They
-// are skipped where the rows can be read as they are. CTAs that share a tile of weights are
-// neighbours in the grid, so the weights come from memory about once and from L2 after that.
+// Rows are gathered, concatenated and normalised on their way into the product: every piece is
+// copied from where its row lies, and the thread that has copied it multiplies it, in shared
+// memory, by the row's factor and the norm's weight before the tensor cores read it. That is
+// repeated for every column tile, but the rows never go to memory in between. A factor needs a
+// whole row, so a launch before leaves one float per row and norm; rows that cannot be copied in
+// pieces of 16 bytes, or have a dtype that the product does not take, are rewritten by the same
+// launch.
+//
+// CTAs that share a tile of weights are neighbours in the grid, so the weights come from memory
+// about once and from L2 after that.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +23,18 @@
 
 namespace mtp::cuda {
 
-struct PackParams {
+struct PrepareParams {
   Segment segments[2];
-  void* out;  // [rows, out_stride]
+  float* factors;  // [segments, rows]
+  void* out;       // [rows, out_stride], or null
   int64_t out_stride;
   int segment_count;
-  float eps, norm_offset;
+  float eps;
 };
 
-// One CTA per row.
+// Norms' factors of a row, and the row itself, widened to T, if there is an `out`. One CTA per row.
 template <typename T>
-__global__ void __launch_bounds__(kStreamThreads) pack_rows_kernel(const PackParams p) {
+__global__ void __launch_bounds__(kStreamThreads) prepare_rows_kernel(const PrepareParams p) {
   __shared__ float scratch[2][kStreamThreads / kWarp];
   T* out = static_cast<T*>(p.out) + blockIdx.x * p.out_stride;
 #pragma unroll
@@ -35,25 +42,13 @@ __global__ void __launch_bounds__(kStreamThreads) pack_rows_kernel(const PackPar
     if (i == p.segment_count) break;
     const Segment& segment = p.segments[i];
     const int64_t start = start_of_row(segment, blockIdx.x);
-    float factor = 1.0f;
-    float x[8];
-    if (segment.norm_weight) {
-      float squares = 0.0f;
-      for (int64_t k = threadIdx.x * 8; start >= 0 && k < segment.length; k += kStreamThreads * 8) {
-        widen_raw(segment.dtype, load_raw(segment, start + k), x);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares);
-      }
-      squares = block_sum<kStreamThreads>(squares, scratch[i]);
-      factor = rms_factor(squares, segment.length, p.eps);
-    }
+    float squares = 0.0f;
     for (int64_t k = threadIdx.x * 8; k < segment.length; k += kStreamThreads * 8) {
+      float x[8];
       widen_raw(segment.dtype, start >= 0 ? load_raw(segment, start + k) : RawPiece{}, x);
-      if (segment.norm_weight) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] *= factor;
-        scale_by_norm_weight(segment, k, p.norm_offset, x);
-      }
+      for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares);
+      if (!p.out) continue;
 #pragma unroll
       for (int first = 0; first < 8; first += Pack<T>::kSize) {
         Pack<T> pack;
@@ -63,8 +58,92 @@ __global__ void __launch_bounds__(kStreamThreads) pack_rows_kernel(const PackPar
       }
     }
     out += segment.length;
+    if (!segment.norm_weight) continue;
+    squares = block_sum<kStreamThreads>(squares, scratch[i]);
+    if (threadIdx.x == 0) {
+      p.factors[static_cast<int64_t>(i) * gridDim.x + blockIdx.x] =
+          rms_factor(squares, segment.length, p.eps);
+    }
   }
 }
+
+struct RowParams {
+  Segment segments[2];
+  const float* factors;  // [segments, rows]; of a segment without a norm they are not read
+  int64_t rows;
+  int segment_count;
+  float norm_offset;
+};
+
+// What a CTA knows of its rows.
+struct RowTable {
+  float factor[2][kStreamTile];
+  int index[2][kStreamTile];  // of the row in memory; negative where it is zero or missing
+
+  __device__ __forceinline__ void fill(const RowParams& p, int64_t first) {
+    for (int i = threadIdx.x; i < p.segment_count * kStreamTile; i += kStreamThreads) {
+      const int s = i / kStreamTile, row = i % kStreamTile;
+      const Segment& segment = p.segments[s];
+      const int64_t m = first + row;
+      const bool present = m < p.rows && start_of_row(segment, m) >= 0;
+      const int64_t at = present && segment.ids ? load_index(segment.id_dtype, segment.ids, m) : m;
+      index[s][row] = present ? static_cast<int>(at) : -1;
+      factor[s][row] = present && segment.norm_weight ? p.factors[s * p.rows + m] : 0.0f;
+    }
+  }
+};
+
+// The left operand of Gemm::multiply. A thread's pieces of a stage are all in the same columns.
+template <typename A, typename Stage>
+struct LargeRows {
+  static constexpr int kPiece = Stage::kPiece;
+
+  const RowParams& p;
+  const RowTable& table;
+
+  // Of this thread's pieces at step k.
+  struct Place {
+    int s;       // segment
+    int64_t at;  // in it
+    bool valid;
+  };
+
+  __device__ __forceinline__ Place place(int64_t k, int64_t k_end) const {
+    k += threadIdx.x % Stage::kColumns * kPiece;
+    const bool second = p.segment_count > 1 && k >= p.segments[0].length;
+    return {second, second ? k - p.segments[0].length : k, k < k_end};
+  }
+
+  __device__ __forceinline__ void load(uint32_t to, int64_t k, int64_t k_end) const {
+    const Place here = place(k, k_end);
+    const Segment& segment = p.segments[here.s];
+    const A* const data = static_cast<const A*>(segment.data);
+    Stage::each_piece([&](int row, int column) {
+      const int index = table.index[here.s][row];
+      const bool valid = here.valid && index >= 0;
+      copy16(to + Stage::offset(row, column),
+             valid ? data + index * segment.stride + here.at : data, valid);
+    });
+  }
+
+  __device__ __forceinline__ void finish(unsigned char* stage, int64_t k, int64_t k_end) const {
+    const Place here = place(k, k_end);
+    const Segment& segment = p.segments[here.s];
+    if (!segment.norm_weight || !here.valid) return;
+    float weight[kPiece];
+    load_norm_weight(segment, here.at, p.norm_offset, weight);
+    Stage::each_piece([&](int row, int column) {
+      A* const piece = reinterpret_cast<A*>(stage + Stage::offset(row, column));
+      const float factor = table.factor[here.s][row];
+      Pack<A> pack = load_pack(piece);
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) {
+        pack.values[j] = from_float<A>(to_float(pack.values[j]) * factor * weight[j]);
+      }
+      store_pack(piece, pack);
+    });
+  }
+};
 
 // The dtype rows are multiplied in.
 inline DType large_dtype(DType x_dtype, DType weight_dtype) {
@@ -73,32 +152,36 @@ inline DType large_dtype(DType x_dtype, DType weight_dtype) {
   return x_dtype == DType::kBF16 && exact ? DType::kBF16 : DType::kF32;
 }
 
-template <typename A, typename B>
+template <typename B>
 struct LargeParams {
-  Matrix<A> a;  // [m, k]
-  Matrix<B> b;  // [n, k]
+  RowParams rows;  // [rows, k]
+  Matrix<B> b;     // [n, k]
   int64_t k, k_per_split;
 };
 
 // grid: row tiles, stripes of column tiles, parts of k.
 template <typename A, typename B, typename Epilogue>
 __global__ void __launch_bounds__(256, sizeof(A) == 4 || sizeof(B) == 4 ? 1 : 2)
-    large_m_kernel(const LargeParams<A, B> p, const typename Epilogue::Params e) {
+    large_m_kernel(const LargeParams<B> p, const typename Epilogue::Params e) {
   using G = Gemm<A, Order::kInner, B, Order::kInner>;
   static_assert(G::kThreads == kStreamThreads && G::kTile == kStreamTile,
                 "the epilogues serve both kernels");
   extern __shared__ __align__(1024) unsigned char aligned_smem[];
+  __shared__ RowTable table;
   float* const tile_smem = reinterpret_cast<float*>(aligned_smem);
   const int first = blockIdx.x * G::kTile;
-  const int rows = static_cast<int>(min(p.a.extent - first, static_cast<int64_t>(G::kTile)));
+  const int rows = static_cast<int>(min(p.rows.rows - first, static_cast<int64_t>(G::kTile)));
   const int tiles = static_cast<int>((p.b.extent + G::kTile - 1) / G::kTile);
   const int64_t k_begin = blockIdx.z * p.k_per_split;
   Epilogue epilogue(e, reinterpret_cast<float*>(aligned_smem + G::kSmemBytes), blockIdx.y, first,
                     rows);
+  table.fill(p.rows, first);
+  __syncthreads();
   for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     typename G::Accumulator acc = {};
-    G::multiply(p.a, first, p.b, static_cast<int64_t>(tile) * G::kTile, k_begin,
-                min(p.k, k_begin + p.k_per_split), aligned_smem, acc);
+    G::multiply(LargeRows<A, typename G::StageA>{p.rows, table}, p.b,
+                static_cast<int64_t>(tile) * G::kTile, k_begin, min(p.k, k_begin + p.k_per_split),
+                aligned_smem, acc);
     G::store_tile(acc, tile_smem);
     __syncthreads();
     epilogue.take({tile_smem, G::kTilePitch, nullptr, tile, static_cast<int>(blockIdx.z),
@@ -113,14 +196,23 @@ struct LargeProblem {
   Segment segments[2];  // what a row is made of
   int segment_count;
   const void* weight;
-  void* packed;  // packed_bytes()
+  void* prepared;  // prepared_bytes(): factors, then rows
   int64_t rows, n, k, weight_stride;
   DType dtype, weight_dtype;  // dtype: large_dtype of the finest source
   float eps, norm_offset;
 
   int row_tiles() const { return static_cast<int>(ceil_div<int64_t>(rows, kStreamTile)); }
   int tiles() const { return static_cast<int>(ceil_div<int64_t>(n, kStreamTile)); }
-  int64_t packed_bytes() const { return align_256(rows * k * dtype_bytes(dtype)); }
+
+  // Whether the product can copy the rows from where they are.
+  bool in_place() const {
+    const auto fits = [&](const Segment& s) { return s.dtype == dtype && s.aligned; };
+    return fits(segments[0]) && (segment_count == 1 || fits(segments[1]));
+  }
+  int64_t factor_bytes() const { return align_256(segment_count * rows * 4); }
+  int64_t prepared_bytes() const {
+    return factor_bytes() + (in_place() ? 0 : align_256(rows * k * dtype_bytes(dtype)));
+  }
 };
 
 // kOneByte: whether one-byte weights may come.
@@ -128,32 +220,43 @@ template <typename Epilogue, bool kOneByte>
 void launch_large(const LargeProblem& p, const typename Epilogue::Params& e, int stripes,
                   int splits, int64_t k_per_split, int64_t epilogue_bytes, cudaStream_t stream,
                   const char* op) {
-  const Segment& only = p.segments[0];
-  const void* a = only.data;
-  int64_t a_stride = only.stride;
-  if (p.segment_count > 1 || only.norm_weight || only.ids || only.dtype != p.dtype ||
-      !only.aligned) {
-    PackParams pack = {};
-    pack.segments[0] = p.segments[0];
-    pack.segments[1] = p.segments[1];
-    pack.segment_count = p.segment_count;
-    pack.out = p.packed;
-    pack.out_stride = p.k;
-    pack.eps = p.eps;
-    pack.norm_offset = p.norm_offset;
+  RowParams rows = {};
+  rows.segments[0] = p.segments[0];
+  rows.segments[1] = p.segments[1];
+  rows.segment_count = p.segment_count;
+  rows.factors = static_cast<const float*>(p.prepared);
+  rows.rows = p.rows;
+  rows.norm_offset = p.norm_offset;
+  if (p.segments[0].norm_weight || p.segments[1].norm_weight || !p.in_place()) {
+    PrepareParams prepare = {};
+    prepare.segments[0] = p.segments[0];
+    prepare.segments[1] = p.segments[1];
+    prepare.segment_count = p.segment_count;
+    prepare.factors = static_cast<float*>(p.prepared);
+    prepare.eps = p.eps;
+    if (!p.in_place()) {
+      char* to = static_cast<char*>(p.prepared) + p.factor_bytes();
+      prepare.out = to;
+      prepare.out_stride = p.k;
+      for (int i = 0; i < p.segment_count; ++i) {
+        Segment& segment = rows.segments[i];
+        segment.data = to;
+        segment.stride = p.k;
+        segment.ids = segment.positions = nullptr;
+        to += segment.length * dtype_bytes(p.dtype);
+      }
+    }
     with_float_type(p.dtype, [&](auto t) {
-      pack_rows_kernel<decltype(t)>
-          <<<static_cast<unsigned>(p.rows), kStreamThreads, 0, stream>>>(pack);
+      prepare_rows_kernel<decltype(t)>
+          <<<static_cast<unsigned>(p.rows), kStreamThreads, 0, stream>>>(prepare);
     });
     check_launch(op);
-    a = p.packed;
-    a_stride = p.k;
   }
   const auto run = [&](auto of_a, auto of_b) {
     using A = decltype(of_a);
     using B = decltype(of_b);
-    LargeParams<A, B> params;
-    params.a = {static_cast<const A*>(a), a_stride, p.rows};
+    LargeParams<B> params;
+    params.rows = rows;
     params.b = {static_cast<const B*>(p.weight), p.weight_stride, p.n};
     params.k = p.k;
     params.k_per_split = k_per_split;
