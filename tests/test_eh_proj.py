@@ -110,8 +110,18 @@ def test_matches_reference(backend, dtype):
     ],
     ids=lambda keep: "-".join(keep),
 )
-def test_variants(backend, keep):
-    check(backend, *make_case(5, 40, 11, 50, torch.bfloat16, **keep))
+@pytest.mark.parametrize("t", [5, 70])
+def test_variants(backend, keep, t):
+    check(backend, *make_case(t, 40, 11, 50, torch.bfloat16, **keep))
+
+
+@pytest.mark.parametrize("t", [5, 70])
+def test_embedding_of_another_dtype(backend, t):
+    arguments, keywords = make_case(t, 40, 11, 50, torch.bfloat16)
+    arguments[2] = normal(11, 40, seed=3).to(torch.float16)
+    got = run(backend, arguments, keywords)
+    rounded = [t.to(torch.bfloat16) if t.is_floating_point() else t for t in arguments]
+    assert_as_good_as(got, eager(*rounded, **keywords), exact(arguments, keywords))
 
 
 def test_index_dtypes_agree(backend):
@@ -159,10 +169,11 @@ def test_many_rows(backend, dtype, t):
     arguments, keywords = make_case(t, 520, 30, 50, dtype)
     check(backend, arguments, keywords)
     expected = run(backend, arguments, keywords)
-    ids, *rest = arguments
-    arguments = [ids.to(backend.device), *[padded(x.to(backend.device)) for x in rest]]
-    got = backend.ops.eh_proj(*arguments, **on(backend.device, [], keywords)[1])
-    assert torch.equal(got.cpu(), expected)
+    ids, hidden, embedding, weight = on(backend.device, arguments, {})[0]
+    for extra in (8, 3):  # the second leaves rows that are not aligned to 16 bytes
+        rows = [padded(x, extra) for x in (hidden, embedding)]
+        got = backend.ops.eh_proj(ids, *rows, padded(weight), **on(backend.device, [], keywords)[1])
+        assert torch.equal(got.cpu(), expected)
 
 
 def test_f16_beyond_its_range_before_the_norm(backend):
@@ -217,6 +228,26 @@ def test_traffic_near_floor(backend, simulator, m):
     parts = 2 * m * n * 4
     assert parts <= stream.stored_bytes("workspace") <= 1.01 * parts
     assert_near_floor(launches, weight, *inputs, out, workspace=m <= 16)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_many_rows_are_normalised_in_the_product(backend, simulator, dtype):
+    """Before the product only the norms' factors are made; rows go from where they lie straight to
+    shared memory, once per 128 weight rows, and are changed there without bank conflicts."""
+    t, h, v, n = 130, 72, 100, 256
+    arguments, keywords = make_case(t, h, v, n, dtype)
+    with simulator.record() as launches:
+        run(backend, arguments, keywords)
+    factors, product = launches
+    assert factors.stored_bytes("workspace") == 2 * t * 4
+    assert sum(b.stored_bytes for b in product.buffers.values()) == t * n * dtype.itemsize
+    used = (arguments[0] >= 0) & (arguments[0] < v) & (keywords["positions"] != 0)
+    assert product.loaded_bytes("embedding") == 2 * used.sum() * h * dtype.itemsize
+    assert product.loaded_bytes("hidden") == 2 * t * h * dtype.itemsize
+    assert product.loaded_bytes("weight") == 2 * arguments[3].nbytes
+    # (nvcc cuts one of the stores of the finished tile.)
+    loop = [n for n in product.lines.values() if not n.text.startswith("st.shared.f32")]
+    assert sum(n.wavefronts - n.ideal_wavefronts for n in loop) == 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])

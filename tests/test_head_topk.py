@@ -274,10 +274,13 @@ def test_argmax_is_leaner_than_top_2(backend, simulator):
 def test_large_m_reads_weights_once_per_128_rows(backend, simulator, weight_dtype):
     m, h, v = 130, 64, 256
     w, scale = make_weight(v, h, weight_dtype)
-    x = normal(m, h).to(torch.bfloat16)
+    x, norm = normal(m, h).to(torch.bfloat16), torch.ones(h).to(torch.bfloat16)
     with simulator.record() as launches:
-        backend.ops.head_topk(x, w, 4, weight_scale=scale)
+        backend.ops.head_topk(x, w, 4, weight_scale=scale, norm_weight=norm)
     (product,) = [launch for launch in launches if launch.loaded_bytes("weight")]
+    if weight_dtype != torch.float32:  # rows are normalised in the product
+        assert launches[0].stored_bytes("workspace") == m * 4
+        assert product.loaded_bytes("hidden") == v // 128 * x.nbytes
     assert product.loaded_bytes("weight") == 2 * product.unique_bytes("weight") == 2 * w.nbytes
     assert product.sector_efficiency("weight") == 1.0
     # Nothing in the main loop waits for a bank. (nvcc cuts one of the stores of the finished tile.)

@@ -77,18 +77,19 @@ struct RowParams {
 
 // What a CTA knows of its rows.
 struct RowTable {
-  float factor[2][kStreamTile];
-  int index[2][kStreamTile];  // of the row in memory; negative where it is zero or missing
+  float factor[kStreamTile][2];  // [rows, segments]
+  int index[kStreamTile][2];     // of the row in memory; negative where it is zero or missing
 
   __device__ __forceinline__ void fill(const RowParams& p, int64_t first) {
-    for (int i = threadIdx.x; i < p.segment_count * kStreamTile; i += kStreamThreads) {
-      const int s = i / kStreamTile, row = i % kStreamTile;
+    for (int i = threadIdx.x; i < 2 * kStreamTile; i += kStreamThreads) {
+      const int row = i / 2, s = i % 2;
+      if (s >= p.segment_count) continue;
       const Segment& segment = p.segments[s];
       const int64_t m = first + row;
       const bool present = m < p.rows && start_of_row(segment, m) >= 0;
       const int64_t at = present && segment.ids ? load_index(segment.id_dtype, segment.ids, m) : m;
-      index[s][row] = present ? static_cast<int>(at) : -1;
-      factor[s][row] = present && segment.norm_weight ? p.factors[s * p.rows + m] : 0.0f;
+      index[row][s] = present ? static_cast<int>(at) : -1;
+      factor[row][s] = present && segment.norm_weight ? p.factors[s * p.rows + m] : 0.0f;
     }
   }
 };
@@ -119,7 +120,7 @@ struct LargeRows {
     const Segment& segment = p.segments[here.s];
     const A* const data = static_cast<const A*>(segment.data);
     Stage::each_piece([&](int row, int column) {
-      const int index = table.index[here.s][row];
+      const int index = table.index[row][here.s];
       const bool valid = here.valid && index >= 0;
       copy16(to + Stage::offset(row, column),
              valid ? data + index * segment.stride + here.at : data, valid);
@@ -134,7 +135,7 @@ struct LargeRows {
     load_norm_weight(segment, here.at, p.norm_offset, weight);
     Stage::each_piece([&](int row, int column) {
       A* const piece = reinterpret_cast<A*>(stage + Stage::offset(row, column));
-      const float factor = table.factor[here.s][row];
+      const float factor = table.factor[row][here.s];
       Pack<A> pack = load_pack(piece);
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) {
