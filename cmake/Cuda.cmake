@@ -46,8 +46,10 @@ set(CMAKE_CUDA_COMPILER ${MTP_NVCC})
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 # Devices are given by -gencode; CMake would test-compile for one that this nvcc may have dropped.
+# That is for CMake's own tests only: beside -gencode it would mean one architecture more.
 set(CMAKE_CUDA_FLAGS_INIT "-arch=compute_${MTP_CUDA_NEWEST}")
 enable_language(CUDA)
+string(REPLACE "-arch=compute_${MTP_CUDA_NEWEST}" "" CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS}")
 set(MTP_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 set(MTP_WITH_CUDA ON)
 message(STATUS "mtp_ext: building CUDA kernels with nvcc ${MTP_CUDA_VERSION}")
