@@ -544,6 +544,23 @@ def run_op(op: str, ceilings: Ceilings, options: argparse.Namespace) -> Iterator
                 yield run_case(op, case, ceilings, options)
 
 
+def saved(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"not a result of --json: {error}") from error
+
+
+def writable(path: str) -> Path:
+    """Known before anything is measured, since that takes minutes."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(path)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mtp_ext bench", description=__doc__.split("\n", 1)[0]
@@ -558,10 +575,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--small", action="store_true", help="shapes that only show that everything runs")
     add("--seconds", type=float, default=1.0, help="time per row (default 1)")
     add("--min-rounds", type=int, default=9)
-    add("--json", metavar="PATH", help="write everything measured")
-    add("--from", metavar="PATH", dest="source", help="take results from there, measure nothing")
+    add("--json", metavar="PATH", type=writable, help="write everything measured")
+    add(
+        "--from",
+        metavar="PATH",
+        dest="source",
+        type=saved,
+        help="take results from there, measure nothing",
+    )
     add("--plot", action="store_true", help="write tables and figures into bench/results/")
-    add("--compare", metavar="OLD.json", help="print what changed since")
+    add("--compare", metavar="OLD.json", type=saved, help="print what changed since")
     add(
         "--counters",
         action="store_true",
@@ -610,14 +633,11 @@ def main(argv: list[str]) -> int:
         from bench import counters
 
         return counters.main(ops, HERE / "results" if options.plot else None)
-    if options.source:
-        result = json.loads(Path(options.source).read_text())
-    else:
-        result = measure(ops, options, "python -m mtp_ext bench " + " ".join(argv))
+    result = options.source or measure(ops, options, "python -m mtp_ext bench " + " ".join(argv))
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.compare:
-        print(f"\n{report.compare(json.loads(Path(options.compare).read_text()), result)}")
+        print(f"\n{report.compare(options.compare, result)}")
     if options.plot:
         for path in report.write(result, HERE / "results"):
             print(f"wrote {path}")

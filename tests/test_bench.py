@@ -336,7 +336,7 @@ def test_command_end_to_end(tmp_path, monkeypatch, capsys):
     first = harness.Ceilings("cpu", scale=0.001)
     monkeypatch.setattr(harness, "Ceilings", lambda *_: first)
     words = ["philox_uniform", "--small", "--seconds", "0", "--min-rounds", "1"]
-    path = tmp_path / "old.json"
+    path = tmp_path / "new" / "old.json"
     assert command.main([*words, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert set(result) == {"schema", "command", "machine", "ceilings", "rows"}
@@ -347,6 +347,16 @@ def test_command_end_to_end(tmp_path, monkeypatch, capsys):
     assert set(result["ceilings"]) == {"read", "copy", "matmul"}
     assert command.main(["--from", str(path), "--compare", str(path)]) == 0
     assert "change from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--json", "--compare", "--from"])
+def test_files_are_checked_before_anything_is_measured(option, tmp_path, capsys):
+    wrong = tmp_path / "wrong"
+    wrong.write_text("not a result")
+    path = wrong / "result.json" if option == "--json" else wrong
+    with pytest.raises(SystemExit):
+        options(option, str(path))
+    assert f"argument {option}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", list(harness.available()))
