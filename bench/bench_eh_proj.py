@@ -55,10 +55,10 @@ def cases(device: str, small: bool) -> Iterator[Case]:
         return
     # SmolLM2-135M, Qwen3-Next, DeepSeek-V3.
     for h in (576, 2048, 7168):
-        for t in (1, 4, 16):
+        for t in (1, 4, 16, 64, 128, 256) if device == "cuda" else (1, 4, 16):
             yield case(device, t, h)
 
 
 def counted() -> Iterator[Case]:
-    for t in (1, 4, 16, 64):
+    for t in (1, 4, 16, 64, 128):
         yield case("cpu", t, 1024)

@@ -44,18 +44,20 @@ def cases(device: str, small: bool) -> Iterator[Case]:
     if small:
         yield case(device, 3, 300, 72, torch.bfloat16)
         return
-    # SmolLM2-135M, its reduced draft vocabulary, Qwen3-Next.
-    for v, h, most in [(49152, 576, 16), (12288, 576, 4), (151936, 2048, 16)]:
-        for m in (1, 4, 8, 16):
+    # SmolLM2-135M, its reduced draft vocabulary, Qwen3-Next; on a GPU DeepSeek-V3 too.
+    shapes = [(49152, 576, 16), (12288, 576, 4), (151936, 2048, 16)]
+    rows = (1, 4, 8, 16)
+    if device == "cuda":
+        shapes = [(v, h, 256) for v, h in [(49152, 576), (151936, 2048), (129280, 7168)]]
+        rows = (1, 4, 16, 64, 128, 256)
+    for v, h, most in shapes:
+        for m in rows:
             if m <= most:
                 yield case(device, m, v, h, torch.bfloat16)
         for m in (1, 4):
             yield case(device, m, v, h, torch.int8)
-    if device == "cuda":
-        for m in (1, 4, 16, 64):
-            yield case(device, m, 129280, 7168, torch.bfloat16)  # DeepSeek-V3
 
 
 def counted() -> Iterator[Case]:
-    for m in (1, 4, 16, 64):
+    for m in (1, 4, 16, 64, 128):
         yield case("cpu", m, 49152, 256, torch.bfloat16)

@@ -45,7 +45,7 @@ def cases(device: str, small: bool) -> Iterator[Case]:
         return
     # SmolLM2-135M: qkv, attention output, gate and up, down; and the MLP of a 7B model.
     for n, k in [(960, 576), (576, 576), (3072, 576), (576, 1536), (11008, 4096)]:
-        for m in (1, 2, 4, 8):
+        for m in (1, 4, 16, 64) if device == "cuda" else (1, 2, 4, 8):
             yield case(device, m, n, k, torch.bfloat16)
     for m in (1, 4):
         yield case(device, m, 11008, 4096, torch.int8)
