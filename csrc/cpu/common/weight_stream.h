@@ -363,11 +363,14 @@ class PackedRows {
 
 // ---- tiles -----------------------------------------------------------------------------------
 
-// Asks for the rows of the tile after this one. A tile reads several short rows side by side, from
-// which no hardware prefetcher guesses what comes next; in the order of memory they are one stream.
-// Into the second-level cache: the first level can wait for few lines at a time.
+// Asks for the rows of the tile after this one, or of a later one where tiles are small: what is
+// asked for less than kAhead bytes before its use comes late. A tile reads several short rows side
+// by side, from which no hardware prefetcher guesses what comes next; in the order of memory they
+// are one stream. Into the second-level cache: the first level can wait for few lines at a time.
 class NextRows {
  public:
+  static constexpr int64_t kAhead = 8192;
+
   template <typename W>
   NextRows(const W* first, int64_t stride, int64_t k)
       : line_(reinterpret_cast<const char*>(first)),
@@ -443,7 +446,8 @@ template <typename Operand, int kM, int kN, typename W, typename X>
   for (int n = 0; n < kN; ++n) {
     for (int m = 0; m < kM; ++m) acc[n][m] = starts ? reg_load(starts + m * kRegLanes) : reg_zero();
   }
-  NextRows next(w + kN * stride, stride, k);
+  const int64_t tiles = ceil_div<int64_t>(NextRows::kAhead, kN * (k + 1) * sizeof(W));
+  NextRows next(w + tiles * kN * stride, stride, k);
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += Operand::kParts * kM * Operand::kPartLanes) {
     next.prefetch(kN * kStep * sizeof(W));
