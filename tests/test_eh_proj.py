@@ -289,7 +289,7 @@ def test_empty_embedding(backend):
 
 
 def test_threads_do_not_matter():
-    arguments, keywords = make_case(7, 24, 30, 300, torch.bfloat16)
+    arguments, keywords = make_case(7, 24, 30, 2000, torch.bfloat16)
     results = []
     for count in (1, 2, 5):
         with threads(count):

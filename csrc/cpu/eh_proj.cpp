@@ -36,7 +36,7 @@ void fill_row(const EhProjParams& p, int64_t row, float* out) {
 
 template <typename W, typename X>
 void run(const EhProjParams& p, const W* weight) {
-  parallel_for(p.n, kTileWidth, [&](int64_t begin, int64_t end, int) {
+  parallel_for(p.n, grain_of<W>(2 * p.h), [&](int64_t begin, int64_t end, int) {
     for (int64_t first_row = 0; first_row < p.t; first_row += kMaxRows) {
       const PackedRows<W, X> packed(
           std::min<int64_t>(kMaxRows, p.t - first_row), 2 * p.h,

@@ -13,7 +13,7 @@ template <typename W, typename X>
 void run(const SkinnyLinearParams& p, const W* weight) {
   const auto* x = static_cast<const char*>(p.x);
   const int64_t x_bytes = p.x_stride * dtype_bytes(p.dtype);
-  parallel_for(p.n, kTileWidth, [&](int64_t begin, int64_t end, int) {
+  parallel_for(p.n, grain_of<W>(p.k), [&](int64_t begin, int64_t end, int) {
     for (int64_t first_row = 0; first_row < p.m; first_row += kMaxRows) {
       const PackedRows<W, X> packed(std::min<int64_t>(kMaxRows, p.m - first_row), p.k,
                                     [&](int64_t row, float* out) {

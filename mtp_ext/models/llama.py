@@ -99,7 +99,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.rope = rope_table(config, embedding.device)
         # Of forward and logits. F.linear is faster for many rows, which then depend on each other.
-        self.linear: Callable[[Tensor, Tensor], Tensor] = ops.skinny_linear
+        self.linear: Callable[[Tensor, Tensor], Tensor] = torch.ops.mtp.skinny_linear.default
 
     @classmethod
     def from_tensors(
@@ -161,20 +161,21 @@ class Llama:
         Returns:
             f32 [T, H], the residual stream before the final norm.
         """
-        c = self.config
+        c, mtp = self.config, torch.ops.mtp
+        # Overloads rather than the wrappers of `ops`, which spell out every default: of hundreds of
+        # calls per step that would take a fifth of the time outside the kernels.
+        attend = mtp.verify_attention.default
+        norm, rope, gate = (op.default for op in (mtp.add_rms_norm, mtp.rope_qkv, mtp.silu_and_mul))
+        linear = self.linear
         residual = self.embedding[token_ids].float()
         x = None
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v):
-            y = ops.add_rms_norm(residual, layer.attn_norm, x=x, eps=c.rms_eps)
-            qkv = self.linear(y, layer.qkv)
-            q, k, v = ops.rope_qkv(qkv, positions, self.rope, c.num_heads, c.num_kv_heads)
-            y, _ = ops.verify_attention(
-                q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len
-            )
-            x = self.linear(y.flatten(1), layer.o)
-            y = ops.add_rms_norm(residual, layer.mlp_norm, x=x, eps=c.rms_eps)
-            y = ops.silu_and_mul(self.linear(y, layer.gate_up))
-            x = self.linear(y, layer.down)
+            y = norm(residual, layer.attn_norm, x=x, eps=c.rms_eps)
+            q, k, v = rope(linear(y, layer.qkv), positions, self.rope, c.num_heads, c.num_kv_heads)
+            y, _ = attend(q, k, v, k_cache, v_cache, block_table, cache_lens, cu_q_lens, max_q_len)
+            x = linear(y.flatten(1), layer.o)
+            y = norm(residual, layer.mlp_norm, x=x, eps=c.rms_eps)
+            x = linear(gate(linear(y, layer.gate_up)), layer.down)
         return residual if x is None else residual.add_(x)
 
     def final_norm(self, hidden: Tensor) -> Tensor:

@@ -534,6 +534,14 @@ void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
   }
 }
 
+// Weight rows that are worth a thread: it takes longer to wake one than to read 32 KB.
+template <typename W>
+int64_t grain_of(int64_t k) {
+  constexpr int64_t kLeast = 32768;
+  const int64_t block_bytes = kTileWidth * std::max<int64_t>(k, 1) * sizeof(W);
+  return kTileWidth * ceil_div<int64_t>(kLeast, block_bytes);
+}
+
 // Calls epilogue(first, count, tile) for consecutive blocks of at most kTileWidth weight rows of
 // [begin, end); tile[m * kTileWidth + i] is the dot product of weight row first + i with
 // activation row m.
