@@ -162,8 +162,8 @@ class Llama:
             f32 [T, H], the residual stream before the final norm.
         """
         c, mtp = self.config, torch.ops.mtp
-        # Overloads rather than the wrappers of `ops`, which spell out every default: of hundreds of
-        # calls per step that would take a fifth of the time outside the kernels.
+        # Overloads rather than the wrappers of `ops`, which spell out every default: hundreds of
+        # calls per step would pay for that.
         attend = mtp.verify_attention.default
         norm, rope, gate = (op.default for op in (mtp.add_rms_norm, mtp.rope_qkv, mtp.silu_and_mul))
         linear = self.linear

@@ -534,7 +534,7 @@ void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
   }
 }
 
-// Weight rows that are worth a thread: it takes longer to wake one than to read 32 KB.
+// Weight rows that are worth a thread; small layers stay on the caller's.
 template <typename W>
 int64_t grain_of(int64_t k) {
   constexpr int64_t kLeast = 32768;
