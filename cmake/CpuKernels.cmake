@@ -10,11 +10,12 @@ set(_isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(_isa_flags_avx512 ${_isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
                       -mprefer-vector-width=512)
 set(_isa_flags_avx512_bf16 ${_isa_flags_avx512} -mavx512bf16 -mavx512vbmi)
+set(_isa_flags_amx ${_isa_flags_avx512_bf16} -mamx-tile -mamx-bf16)
 
 function(mtp_cpu_kernels target)
   set(levels generic)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-    set(known avx2 avx512 avx512_bf16)
+    set(known avx2 avx512 avx512_bf16 amx)
     foreach(level IN LISTS known)
       if(MTP_CPU_ISA_LEVELS AND NOT level IN_LIST MTP_CPU_ISA_LEVELS)
         continue()
@@ -40,7 +41,7 @@ function(mtp_cpu_kernels target)
   # The simulator's build only links them.
   set(optimise $<IF:$<BOOL:${MTP_PTXSIM}>,-O0,-O3>)
   set(number 0)
-  foreach(level generic avx2 avx512 avx512_bf16)
+  foreach(level generic avx2 avx512 avx512_bf16 amx)
     if(level IN_LIST levels)
       # The baseline objects come first: should a function template of the standard library stay
       # out of line, the linker keeps the copy that runs everywhere.
@@ -53,7 +54,8 @@ function(mtp_cpu_kernels target)
       endif()
       target_compile_options(${target}_${level} PRIVATE ${_isa_flags_${level}} ${optimise}
                              -fno-math-errno -fno-trapping-math
-                             -Wno-maybe-uninitialized)  # GCC 105593: its own AVX-512 headers
+                             # GCC 105593: its own AVX-512 headers
+                             -Wno-maybe-uninitialized -Wno-uninitialized)
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${level}>)
     endif()
     math(EXPR number "${number} + 1")

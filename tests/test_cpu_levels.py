@@ -10,7 +10,7 @@ import pytest
 import mtp_ext
 
 HERE = Path(__file__).resolve().parent
-LEVELS = ["generic", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 COMPILED = mtp_ext.build_info()["cpu_isa_compiled"].split(",")
 BEST = LEVELS.index(mtp_ext.build_info()["cpu_isa"])
 # Where levels differ in more than the width of their vectors.

@@ -22,7 +22,7 @@ CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 LEVELS = {"generic": (0, []), "avx2": (1, AVX2), "avx512": (2, AVX512)}
-ORDER = ["generic", "avx2", "avx512", "avx512_bf16"]
+ORDER = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 @pytest.fixture(scope="module", params=list(LEVELS))

@@ -163,7 +163,7 @@ def object_files(level: str) -> list[Path]:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_no_shared_symbol_is_compiled_for_a_newer_processor(level):
     """The linker keeps one copy of an out-of-line template. If that copy came from a file built
     for AVX2, a processor without it would crash in code that looks harmless."""

@@ -28,6 +28,7 @@
 #include "cpu/common/isa.h"
 #include "cpu/common/kv_rows.h"
 #include "cpu/common/parallel.h"
+#include "cpu/common/tiles.h"
 
 namespace mtp::cpu::MTP_ISA {
 namespace {
@@ -131,31 +132,6 @@ __m512i load_words(const T* row, __mmask32 mask) {
   x = _mm512_mask_mov_epi16(x, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
                             _mm512_set1_epi16(0x7fc0));
   return _mm512_or_si512(x, sign);
-}
-
-// r[i] word j becomes r[j] word i.
-[[gnu::always_inline]] inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 16; i += 8) {
-    for (int j = i; j < i + 4; ++j) {
-      t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
-      t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
-    }
-  }
-  for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-  }
 }
 
 // A pair of bf16 or f16 to two f32.

@@ -3,10 +3,18 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef MTP_HAVE_AMX
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace mtp::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
 
@@ -25,9 +33,28 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
          __builtin_cpu_supports("avx512vbmi");
 }
 
+#ifdef MTP_HAVE_AMX
+// Tile registers are state that the system saves only for processes that have asked for them.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 #endif  // __x86_64__
 
 Isa best() {
+#ifdef MTP_HAVE_AMX
+  if (has_amx()) return Isa::kAmx;
+#endif
 #ifdef MTP_HAVE_AVX512_BF16
   if (has_avx512_bf16()) return Isa::kAvx512Bf16;
 #endif
@@ -69,6 +96,9 @@ const char* compiled_isa_levels() {
 #endif
 #ifdef MTP_HAVE_AVX512_BF16
          ",avx512_bf16"
+#endif
+#ifdef MTP_HAVE_AMX
+         ",amx"
 #endif
       ;
 }

@@ -5,14 +5,15 @@
 //   avx2         AVX2, FMA, F16C
 //   avx512       AVX-512 F, BW, DQ, VL
 //   avx512_bf16  avx512 plus BF16 (dot products of bf16 pairs) and VBMI (tables of bytes)
+//   amx          avx512_bf16 plus AMX: products of 16 x 16 tiles of bf16 pairs
 #pragma once
 
 namespace mtp::cpu {
 
-enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The level in use: the best one that is compiled in, that the processor and the operating
-// system offer, and that MTP_CPU_ISA (generic, avx2, avx512, avx512_bf16) does not forbid.
+// system offer, and that MTP_CPU_ISA (a name from above) does not forbid.
 Isa isa();
 const char* isa_name(Isa level);
 // Comma-separated names of the levels compiled in.
@@ -60,14 +61,28 @@ const char* compiled_isa_levels();
 #define MTP_ISA_DECLARE_AVX512_BF16(launch, Params)
 #define MTP_ISA_CASE_AVX512_BF16(launch, p)
 #endif
+#ifdef MTP_HAVE_AMX
+#define MTP_ISA_DECLARE_AMX(launch, Params) \
+  namespace amx {                           \
+  void launch(const Params&);               \
+  }
+#define MTP_ISA_CASE_AMX(launch, p) \
+  case Isa::kAmx:                   \
+    return amx::launch(p);
+#else
+#define MTP_ISA_DECLARE_AMX(launch, Params)
+#define MTP_ISA_CASE_AMX(launch, p)
+#endif
 
 #define MTP_CPU_DISPATCH(launch, Params)      \
   namespace mtp::cpu {                        \
   MTP_ISA_DECLARE_AVX2(launch, Params)        \
   MTP_ISA_DECLARE_AVX512(launch, Params)      \
   MTP_ISA_DECLARE_AVX512_BF16(launch, Params) \
+  MTP_ISA_DECLARE_AMX(launch, Params)         \
   void launch(const Params& p) {              \
     switch (isa()) {                          \
+      MTP_ISA_CASE_AMX(launch, p)             \
       MTP_ISA_CASE_AVX512_BF16(launch, p)     \
       MTP_ISA_CASE_AVX512(launch, p)          \
       MTP_ISA_CASE_AVX2(launch, p)            \

@@ -1,0 +1,91 @@
+// Matrices in registers: sixteen vectors of sixteen 32-bit words and, with AMX, tiles.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if MTP_ISA_LEVEL >= 1
+#include <immintrin.h>
+#endif
+
+namespace mtp::cpu {
+inline namespace MTP_ISA {
+
+#if MTP_ISA_LEVEL >= 2
+
+// r[i] word j becomes r[j] word i.
+[[gnu::always_inline]] inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = i; j < i + 4; ++j) {
+      t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+      t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+
+#endif
+
+#if MTP_ISA_LEVEL >= 4
+
+// The calling thread's tile registers while this lives: all have rows of 64 bytes, 0 to 3 sixteen
+// of them and 4 to 7 as many as asked for. Contents and configuration do not survive a call into
+// a library that has tiles of its own.
+class Tiles {
+ public:
+  explicit Tiles(int upper_rows = 16) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    static_assert(sizeof(config) == 64);
+    for (int t = 0; t < 8; ++t) {
+      config.row_bytes[t] = 64;
+      config.rows[t] = static_cast<uint8_t>(t < 4 ? 16 : upper_rows);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// The instructions as such: GCC's intrinsics take no template argument for a register's number and
+// do not say that they read memory.
+template <int tile>
+[[gnu::always_inline]] inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+template <int tile>
+[[gnu::always_inline]] inline void tile_load(const void* p, int64_t stride_bytes) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(p), "r"(stride_bytes) : "memory");
+}
+template <int tile>
+[[gnu::always_inline]] inline void tile_store(void* p, int64_t stride_bytes) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(p), "r"(stride_bytes) : "memory");
+}
+// c[i][j] += sum over pairs k of a[i][k] . b[k][j]; pairs are of bf16, sums f32.
+template <int c, int a, int b>
+[[gnu::always_inline]] inline void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+#endif
+
+}  // namespace MTP_ISA
+}  // namespace mtp::cpu
