@@ -599,6 +599,9 @@ template <typename Operand, int kR, int kG, typename W>
   static_assert(kR * kG <= 4 && kR <= 3);
   constexpr int kStep = Operand::kStep, kParts = Operand::kParts, kSide = kTileSide;
   constexpr int kWeights = 4, kActivations = 7, kTileElements = 2 * kSide * kSide;
+  // Of byte rows the next ones are asked for up to here. The hardware follows each from there on,
+  // and rows of bf16 from their start: asking for those as well was slower.
+  constexpr int64_t kLead = 512;
   alignas(64) BF16 staged[kR][kParts][kTileElements];
   alignas(64) float sums[kSide * kSide];
 
@@ -644,12 +647,14 @@ template <typename Operand, int kR, int kG, typename W>
   };
   const auto load_staged = [&]<int r, int h>() { tile_load<kWeights + r>(staged[r][h], 64); };
 
-  const int64_t tiles = ceil_div<int64_t>(NextRows::kAhead, kR * kSide * (k + 1) * sizeof(W));
-  NextRows next(w + tiles * kR * kSide * stride, stride, k);
   const bool in_place = kParts == 1 && rows == kR * kSide;
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep) {
-    next.prefetch(kR * kSide * kStep * sizeof(W));
+    if (kParts == 2 && i < kLead) {
+      for (int j = 0; j < kR * kSide; ++j) {
+        __builtin_prefetch(w + (kR * kSide + j) * stride + i, 0, 2);
+      }
+    }
     if (in_place) {
       multiply([&]<int r, int>() {
         tile_load<kWeights + r>(w + r * kSide * stride + i, stride * sizeof(W));
@@ -677,8 +682,13 @@ template <typename Operand, int kR, int kG, typename W>
   });
 }
 
-// Weight rows [0, n), as many side by side as there are accumulators for.
-template <typename Operand, int kG, int kR = std::min(3, 4 / kG), typename W>
+// Weight rows [0, n): of bf16 as many side by side as there are accumulators for, while of bytes
+// sixteen keep the processor busy with widening.
+template <typename Operand>
+constexpr int tile_rows(int groups) {
+  return Operand::kParts == 2 ? 1 : std::min(3, 4 / groups);
+}
+template <typename Operand, int kG, int kR = tile_rows<Operand>(kG), typename W>
 void dot_tile_rows(const W* w, int64_t stride, int64_t n, int64_t k, const BF16* x, int64_t group,
                    const float* starts, float* out) {
   constexpr int kRows = kR * kTileSide;
