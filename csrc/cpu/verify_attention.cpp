@@ -10,6 +10,10 @@
 // a pair of bf16: two dims of a key, or one dim of two neighbouring keys' values. Then keys and
 // values stay bf16, and p is rounded to bf16 for the second product; its sum is not.
 //
+// With AMX nothing is transposed but p: sixteen keys as they lie in their page are one operand of
+// the first product and sixteen query rows the other, so scores come out as [key][row] and the
+// softmax has a query row in every lane. The second product takes p as [row][key].
+//
 // Memory: an item takes several KV heads of a request and goes through them tile by tile, since
 // with NHD their rows are neighbours. The rows of the next head or tile are asked for in small
 // portions while this one is multiplied; in one go they would fill the queue and stall.
@@ -99,6 +103,9 @@ Plan make_plan(const VerifyAttentionParams& p) {
 template <typename Q, typename C>
 constexpr bool kPairs = MTP_ISA_LEVEL >= 3 && std::is_same_v<Q, BF16> &&
                         (std::is_same_v<C, BF16> || std::is_same_v<C, F8E4M3>);
+
+template <typename Q, typename C>
+constexpr bool kInTiles = MTP_ISA_LEVEL >= 4 && kPairs<Q, C>;
 
 template <bool pairs>
 F32x16 dot(F32x16 a, F32x16 b, F32x16 sum) {
@@ -475,16 +482,17 @@ float exp2_of(float x) {  // for x <= 0
 template <typename Q, typename C>
 struct alignas(64) Scratch {
   using Wide = std::conditional_t<kPairs<Q, C>, BF16, float>;
-  float q[kRows * kMaxDim];      // words: [rows][D]
+  static constexpr int kPadded = kInTiles<Q, C> ? 2 * kRows : kRows;
+  float q[kPadded * kMaxDim];    // words: [rows][D], or [head][16 rows][16 words][16 rows]
   float keys[kTile * kMaxDim];   // words: [panel][D][16 keys]
   Wide values[kTile * kMaxDim];  // [key][stride], where rows are not read from their page
   float p[kRows * kTile];        // scores, then words of probabilities
   float out[kRows * kMaxDim];    // [rows][stride], of the split at hand
-  float sum[kRows * kLanes];     // per-lane sums of p, of the split at hand
+  float sum[kRows * kLanes];     // of p, of the split at hand: per lane, or laid out as max
   float max[kRows * kLanes];     // by head and row: [head][rows rounded up to 16]
   float keep[kRows];
   float total_out[kRows * kMaxDim];
-  float total_max[kRows], total_sum[kRows];
+  float total_max[kPadded], total_sum[kPadded];
   KeyBits seen[kRows];         // by row: bit j is key j of the tile
   C new_key[kTile * kMaxDim];  // new rows as stored, where that is not the input's dtype
   C new_value[kTile * kMaxDim];
@@ -494,7 +502,7 @@ struct alignas(64) Scratch {
 template <typename Q, typename C>
 class Item {
   using Wide = typename Scratch<Q, C>::Wide;
-  static constexpr bool pairs = kPairs<Q, C>;
+  static constexpr bool pairs = kPairs<Q, C>, tiles = kInTiles<Q, C>;
 
  public:
   // KV heads [head, head_end) of request b, whose tokens are `tokens`.
@@ -512,6 +520,7 @@ class Item {
     first_row_ = row_tile * kRows;
     rows_ = static_cast<int>(std::min<int64_t>(kRows, count_ * group_ - first_row_));
     max_stride_ = static_cast<int>(round_up(std::max(rows_, 0), kLanes));
+    out_rows_ = tiles && rows_ > kLanes ? max_stride_ : rows_;
     dim_ = a_.head_dim;
     words_ = words_of(dim_);
     stride_ = round_up(dim_, pairs ? 2 * kLanes : kLanes);
@@ -544,10 +553,14 @@ class Item {
 
   void load_queries() {
     const Q* q = static_cast<const Q*>(p_.q);
+    if constexpr (tiles) std::fill_n(s_.q, heads_ * max_stride_ * stride_ / 2, 0.0f);
     for_each_row([&](int row, int h, int r) {
       const Q* in = q + token(r) * p_.q_token_stride + q_head(h, r) * p_.q_head_stride;
       float* words = s_.q + row * words_;
-      if constexpr (pairs) {
+      if constexpr (tiles) {
+        words = query_tiles(h, r / kLanes) + r % kLanes;
+        for (int64_t i = 0; i < words_; ++i) std::memcpy(words + i * kLanes, in + 2 * i, 4);
+      } else if constexpr (pairs) {
         std::memcpy(words, in, dim_ * sizeof(Q));
       } else {
         widen_row(in, dim_, dim_, words);
@@ -560,8 +573,9 @@ class Item {
   // Leaves the split's maxima, sums per lane and unnormalised outputs in the scratch. The item
   // goes on to position `stop`.
   void attend_split(int64_t split, int64_t stop) {
-    std::fill_n(s_.out, heads_ * rows_ * stride_, 0.0f);
-    std::fill_n(s_.sum, heads_ * rows_ * kLanes, 0.0f);
+    [[maybe_unused]] const std::conditional_t<tiles, Tiles, int> registers(std::min(rows_, kLanes));
+    std::fill_n(s_.out, heads_ * out_rows_ * stride_, 0.0f);
+    std::fill_n(s_.sum, tiles ? heads_ * max_stride_ : heads_ * rows_ * kLanes, 0.0f);
     std::fill_n(s_.max, heads_ * max_stride_, -kInfinity);
     const int64_t end = std::min(end_, (split + 1) * kSplit);
     for (int64_t start = first_tile(split); start < end; start += kTile) attend_tile(start, stop);
@@ -575,12 +589,12 @@ class Item {
       float* to = partial(h, r, split, splits);
       std::memcpy(to, s_.out + row * stride_, stride_ * sizeof(float));
       to[stride_] = s_.max[h * max_stride_ + r];
-      to[stride_ + 1] = reduce_add(load(s_.sum + row * kLanes));
+      to[stride_ + 1] = row_sum(h, r);
     });
   }
 
   void merge_partials(int64_t splits) {
-    std::fill_n(s_.total_max, heads_ * rows_, -kInfinity);
+    std::fill_n(s_.total_max, heads_ * out_rows_, -kInfinity);
     for (int64_t split = first_split(); split < last_split(); ++split) {
       for_each_row([&](int row, int h, int r) {
         const float* from = partial(h, r, split, splits);
@@ -596,8 +610,7 @@ class Item {
     for (int64_t split = first_split(); split < last_split(); ++split) {
       attend_split(split, end_);
       for_each_row([&](int row, int h, int r) {
-        merge(row, s_.max[h * max_stride_ + r], reduce_add(load(s_.sum + row * kLanes)),
-              s_.out + row * stride_);
+        merge(row, s_.max[h * max_stride_ + r], row_sum(h, r), s_.out + row * stride_);
       });
     }
     store_total();
@@ -626,8 +639,12 @@ class Item {
   template <typename Body>
   void for_each_row(const Body& body) const {
     for (int h = 0; h < heads_; ++h) {
-      for (int r = 0; r < rows_; ++r) body(h * rows_ + r, h, r);
+      for (int r = 0; r < rows_; ++r) body(h * out_rows_ + r, h, r);
     }
+  }
+  float row_sum(int h, int r) const {
+    if constexpr (tiles) return s_.sum[h * max_stride_ + r];
+    return reduce_add(load(s_.sum + (h * rows_ + r) * kLanes));
   }
 
   static int64_t words_of(int64_t n) { return pairs ? n / 2 : n; }
@@ -847,6 +864,9 @@ class Item {
   }
 
   void attend_head(int h, Seen seen, int end, Rows& rows, const Rows& next) {
+#if MTP_ISA_LEVEL >= 4
+    if constexpr (tiles) return attend_head_tiles(h, seen, rows, next);
+#endif
     const int64_t panel = words_of(round_up(dim_, kLanes * (pairs ? 2 : 1))) * kLanes;
     const int panels = ceil_div(end, kLanes);
     for (int i = 0; i < panels; ++i) {
@@ -858,9 +878,7 @@ class Item {
     });
     update_softmax(h, ceil_div(panels, 2) * 2, seen.all == ~KeyBits{0});
 
-    for (KeyBits unseen = ~seen.any; unseen != 0; unseen &= unseen - 1) {
-      rows.values[__builtin_ctzll(unseen)] = zero_row<C>();
-    }
+    clear_unseen(seen, rows);
     // One block of rows reads each value once, so widening in passing is cheaper.
     if (pairs ? std::is_same_v<C, Wide> : rows_ <= kBlockRows && stride_ == dim_) {
       return add_values<C>(h, rows.values, next.values, seen, end);
@@ -874,17 +892,33 @@ class Item {
     add_values<Wide>(h, wide_rows, nullptr, seen, end);
   }
 
+  void clear_unseen(Seen seen, Rows& rows) const {
+    for (KeyBits unseen = ~seen.any; unseen != 0; unseen &= unseen - 1) {
+      rows.values[__builtin_ctzll(unseen)] = zero_row<C>();
+    }
+  }
+
+  // 0 * inf of a key that a row does not see must stay out of its sum: whether there is none.
+  template <typename T>
+  bool sees_finite(const T* const* values, Seen seen) const {
+    bool finite = true;
+    for (KeyBits mixed = seen.any & ~seen.all; mixed != 0; mixed &= mixed - 1) {
+      finite &= all_finite(values[__builtin_ctzll(mixed)]);
+    }
+    return finite;
+  }
+  // If there is: the values that row r sees.
+  template <typename T>
+  void own_rows(int r, const T* const* values, const T* own[kTile]) const {
+    for (int j = 0; j < kTile; ++j) own[j] = s_.seen[r] >> j & 1 ? values[j] : zero_row<T>();
+  }
+
   template <typename T>
   void add_values(int h, const T* const* rows, const T* const* next, Seen seen, int end) {
     const int steps = pairs ? ceil_div(end, 2) : end;
     float* out = s_.out + h * rows_ * stride_;
     const float* keep = s_.keep;
-    // 0 * inf of a key that a row does not see stays out of its sum.
-    bool finite = true;
-    for (KeyBits mixed = seen.any & ~seen.all; mixed != 0; mixed &= mixed - 1) {
-      finite &= all_finite(rows[__builtin_ctzll(mixed)]);
-    }
-    if (finite) {
+    if (sees_finite(rows, seen)) {
       for_row_blocks(rows_, [&](int r, auto count, int block, int blocks) {
         value_rows<pairs, count>(s_.p + r * kTile, keep + r, rows,
                                  Ahead<T>{next, next ? block : kNever, blocks}, steps, dim_,
@@ -894,7 +928,7 @@ class Item {
     }
     for (int r = 0; r < rows_; ++r) {
       const T* own[kTile];
-      for (int j = 0; j < kTile; ++j) own[j] = s_.seen[r] >> j & 1 ? rows[j] : zero_row<T>();
+      own_rows(r, rows, own);
       value_rows<pairs, 1, T>(s_.p + r * kTile, keep + r, own, Ahead<T>{nullptr, kNever, 1}, steps,
                               dim_, stride_, out + r * stride_);
     }
@@ -965,12 +999,181 @@ class Item {
     store(out + kLanes, y);
   }
 
+  // ---- with AMX: tiles 0 to 3 have sixteen rows, those from 4 on a row for each query row
+
+  // Sixteen query rows of head h, as pairs: [stride_ / 32][16 pairs][16 rows].
+  float* query_tiles(int h, int group) {
+    return s_.q + (h * max_stride_ / kLanes + group) * (stride_ / 2 * kLanes);
+  }
+
+#if MTP_ISA_LEVEL >= 4
+  static constexpr int kTileWords = kLanes * kLanes;
+
+  void attend_head_tiles(int h, Seen seen, Rows& rows, const Rows& next) {
+    const int groups = max_stride_ / kLanes;
+    score_tiles(h, groups, rows.keys);
+    for (int g = 0; g < groups; ++g) {
+      update_softmax_tile(h, g, seen.all == ~KeyBits{0}, g == 0 ? &next : nullptr);
+    }
+    clear_unseen(seen, rows);
+    if (sees_finite(rows.values, seen)) {
+      pack_values(rows.values);
+      for (int g = 0; g < groups; ++g) add_value_tiles(h, g, -1);
+      return;
+    }
+    for (int r = 0; r < rows_; ++r) {
+      const C* own[kTile];
+      own_rows(r, rows.values, own);
+      pack_values(own);
+      add_value_tiles(h, r / kLanes, r % kLanes);
+    }
+  }
+
+  // s_.p = scores of each group of rows: [group][32 keys][16 rows].
+  void score_tiles(int h, int groups, const C* const* keys) {
+    const int steps = static_cast<int>(stride_ / (2 * kLanes));
+    struct Panel {
+      const char* first;
+      int64_t key_stride, step;  // bytes
+    } panels[kPanels];
+    for (int i = 0; i < kPanels; ++i) {
+      const C* const* row = keys + i * kLanes;
+      const auto at = [&](int j) { return reinterpret_cast<intptr_t>(row[j]); };
+      const int64_t gap = at(1) - at(0);
+      bool even = std::is_same_v<C, BF16> && dim_ == stride_;
+      for (int j = 2; j < kLanes; ++j) even &= at(j) - at(j - 1) == gap;
+      if (even) {
+        panels[i] = {reinterpret_cast<const char*>(row[0]), gap, 64};
+        continue;
+      }
+      float* staged = s_.keys + i * steps * kTileWords;
+      for (int step = 0; step < steps; ++step) {
+        const int64_t d = step * 2 * kLanes;
+        const __mmask32 mask = first_elements(dim_ - d);
+        for (int j = 0; j < kLanes; ++j) {
+          _mm512_store_si512(staged + step * kTileWords + j * kLanes, load_words(row[j] + d, mask));
+        }
+      }
+      panels[i] = {reinterpret_cast<const char*>(staged), 64, 4 * kTileWords};
+    }
+    for (int g = 0; g < groups; ++g) {
+      const float* q = query_tiles(h, g);
+      tile_zero<0>();
+      tile_zero<1>();
+      for (int step = 0; step < steps; ++step) {
+        tile_load<2>(q + step * kTileWords, 64);
+        tile_load<3>(panels[0].first + step * panels[0].step, panels[0].key_stride);
+        tile_dot<0, 3, 2>();
+        tile_load<3>(panels[1].first + step * panels[1].step, panels[1].key_stride);
+        tile_dot<1, 3, 2>();
+      }
+      tile_store<0>(s_.p + g * kPanels * kTileWords, 64);
+      tile_store<1>(s_.p + (g * kPanels + 1) * kTileWords, 64);
+    }
+  }
+
+  // As update_softmax, with a query row per lane. Leaves p as [16 rows][32 keys] of bf16 and scales
+  // what came before. In passing asks for the rows of the next tile.
+  void update_softmax_tile(int h, int g, bool whole, const Rows* next) {
+    const F32x16 scale = broadcast(p_.scale * k_scale(h) * (p_.softcap > 0.0f ? 1.0f : kLog2E));
+    const int first = g * kLanes, count = std::min(rows_ - first, kLanes);
+    float *max = s_.max + h * max_stride_ + first, *sum = s_.sum + h * max_stride_ + first;
+    float* p = s_.p + g * kPanels * kTileWords;
+    __m512i seen = _mm512_set1_epi32(-1);
+    if (!whole) seen = _mm512_maskz_loadu_epi32(first_lanes(count).v, s_.seen + first);
+    F32x16 best = broadcast(-kInfinity);
+    for (int j = 0; j < kTile; ++j) {
+      if (next) prefetch_row(next->keys[j], dim_);
+      F32x16 x = load(p + j * kLanes) * scale;
+      if (p_.softcap > 0.0f) {
+        x = broadcast(p_.softcap * kLog2E) * tanh(x / broadcast(p_.softcap));
+      }
+      const __m512i key = _mm512_set1_epi32(static_cast<int>(KeyBits{1} << j));
+      x = select({_mm512_test_epi32_mask(seen, key)}, x, broadcast(-kInfinity));
+      store(p + j * kLanes, x);
+      best = cpu::max(best, x);
+    }
+    const F32x16 old = load(max), now = cpu::max(old, best);
+    const F32x16 base = select(now == broadcast(-kInfinity), zero(), now);
+    const F32x16 keep = exp2_nonpositive(old - base);
+    store(max, now);
+    F32x16 total = load(sum) * keep;
+    __m512i words[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      if (next) {
+        prefetch_row(next->values[2 * j], dim_);
+        prefetch_row(next->values[2 * j + 1], dim_);
+      }
+      const F32x16 x = exp2_nonpositive(load(p + 2 * j * kLanes) - base);
+      const F32x16 y = exp2_nonpositive(load(p + (2 * j + 1) * kLanes) - base);
+      total = total + x + y;
+      words[j] = interleave((__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
+    }
+    store(sum, total);
+    transpose16(words);
+    for (int r = 0; r < kLanes; ++r) _mm512_store_si512(p + r * kLanes, words[r]);
+
+    if ((to_bits(keep == broadcast(1.0f)) | ~to_bits(first_lanes(count))) % (1 << kLanes) ==
+        (1 << kLanes) - 1) {
+      return;
+    }
+    float factor[kLanes];
+    store(factor, keep);
+    float* out = s_.out + (h * out_rows_ + first) * stride_;
+    for (int r = 0; r < count; ++r) {
+      for (int64_t d = 0; d < stride_; d += kLanes, out += kLanes) {
+        store(out, load(out) * broadcast(factor[r]));
+      }
+    }
+  }
+
+  // The sixteen-bit elements of the two halves in turn.
+  static __m512i interleave(__m512i halves) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(low, 16), low);
+    return _mm512_permutexvar_epi16(_mm512_add_epi32(both, _mm512_set1_epi32(16 << 16)), halves);
+  }
+
+  // s_.values = pairs of keys' values, in the order of ValueWords: [stride_ / 16][16 pairs][16].
+  void pack_values(const C* const* values) {
+    for (int64_t d = 0; d < stride_; d += 2 * kLanes) {
+      const __mmask32 mask = first_elements(dim_ - d);
+      BF16* tile = s_.values + d * 2 * kLanes;
+      for (int j = 0; j < kLanes; ++j, tile += 2 * kLanes) {
+        const __m512i a = load_words(values[2 * j] + d, mask);
+        const __m512i b = load_words(values[2 * j + 1] + d, mask);
+        _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(tile + 2 * kTileWords, _mm512_unpackhi_epi16(a, b));
+      }
+    }
+  }
+
+  // Adds p . values to the outputs of a group of rows, or to those of one row of it.
+  void add_value_tiles(int h, int g, int only) {
+    float* out = s_.out + (h * out_rows_ + g * kLanes) * stride_;
+    const int64_t row_bytes = stride_ * sizeof(float);
+    tile_load<4>(s_.p + g * kPanels * kTileWords, 64);
+    for (int64_t d = 0; d < stride_; d += kLanes) {
+      tile_load<5>(out + d, row_bytes);
+      tile_load<2>(s_.values + d * 2 * kLanes, 64);
+      tile_dot<5, 4, 2>();
+      if (only < 0) {
+        tile_store<5>(out + d, row_bytes);
+      } else {
+        alignas(64) float sums[kTileWords];
+        tile_store<5>(sums, 64);
+        store(out + only * stride_ + d, load(sums + only * kLanes));
+      }
+    }
+  }
+#endif
+
   const VerifyAttentionParams& p_;
   const KvAppendParams& a_;
   Scratch<Q, C>& s_;
   int64_t b_, first_token_, head_, group_, count_, first_row_, dim_, words_, stride_, length_;
   int64_t begin_ = 0, end_ = 0, all_begin_ = 0, all_end_ = 0;
-  int heads_, rows_, max_stride_;
+  int heads_, rows_, max_stride_, out_rows_ = 0;
   int turn_ = 0;
   Rows rows_of_[2];  // of this turn and the next
 };

@@ -40,6 +40,8 @@ inline namespace MTP_ISA {
 
 #endif
 
+class Tiles;
+
 #if MTP_ISA_LEVEL >= 4
 
 // The calling thread's tile registers while this lives: all have rows of 64 bytes, 0 to 3 sixteen
