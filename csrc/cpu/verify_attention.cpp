@@ -259,10 +259,14 @@ void widen_row(const In* in, int64_t dim, int64_t padded, BF16* out) {
 // and stores every sum at every step.
 
 // Asks for a line into the second-level cache, which has more requests under way than the first.
-[[gnu::always_inline]] inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
-template <typename T>
+// Tiles are loaded soon enough after that the first was better (8%).
+template <bool first_level = false>
+[[gnu::always_inline]] inline void prefetch(const void* line) {
+  __builtin_prefetch(line, 0, first_level ? 3 : 2);
+}
+template <bool first_level = false, typename T>
 [[gnu::always_inline]] inline void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) prefetch(row + d);
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) prefetch<first_level>(row + d);
 }
 
 // The rows of the next tile. Each block of rows asks for its share of them while it multiplies, so
@@ -1083,7 +1087,7 @@ class Item {
     if (!whole) seen = _mm512_maskz_loadu_epi32(first_lanes(count).v, s_.seen + first);
     F32x16 best = broadcast(-kInfinity);
     for (int j = 0; j < kTile; ++j) {
-      if (next) prefetch_row(next->keys[j], dim_);
+      if (next) prefetch_row<true>(next->keys[j], dim_);
       F32x16 x = load(p + j * kLanes) * scale;
       if (p_.softcap > 0.0f) {
         x = broadcast(p_.softcap * kLog2E) * tanh(x / broadcast(p_.softcap));
@@ -1101,8 +1105,8 @@ class Item {
     __m512i words[kLanes];
     for (int j = 0; j < kLanes; ++j) {
       if (next) {
-        prefetch_row(next->values[2 * j], dim_);
-        prefetch_row(next->values[2 * j + 1], dim_);
+        prefetch_row<true>(next->values[2 * j], dim_);
+        prefetch_row<true>(next->values[2 * j + 1], dim_);
       }
       const F32x16 x = exp2_nonpositive(load(p + 2 * j * kLanes) - base);
       const F32x16 y = exp2_nonpositive(load(p + (2 * j + 1) * kLanes) - base);
@@ -1113,10 +1117,8 @@ class Item {
     transpose16(words);
     for (int r = 0; r < kLanes; ++r) _mm512_store_si512(p + r * kLanes, words[r]);
 
-    if ((to_bits(keep == broadcast(1.0f)) | ~to_bits(first_lanes(count))) % (1 << kLanes) ==
-        (1 << kLanes) - 1) {
-      return;
-    }
+    const uint32_t same = to_bits(keep == broadcast(1.0f)), used = to_bits(first_lanes(count));
+    if ((used & ~same) == 0) return;
     float factor[kLanes];
     store(factor, keep);
     float* out = s_.out + (h * out_rows_ + first) * stride_;
