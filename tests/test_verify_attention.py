@@ -101,6 +101,8 @@ CASES = {
     "q8": dict(lens=(60, 64), q_lens=(8, 8), heads=(8, 2)),
     "q17": dict(lens=(20,), q_lens=(17,), heads=(4, 1)),
     "q64": dict(lens=(31,), q_lens=(64,), heads=(1, 1)),
+    "rows21": dict(lens=(40,), q_lens=(7,), heads=(9, 3)),
+    "mha56-dim72": dict(lens=(9,), q_lens=(1,), heads=(56, 56), dim=72),
     "no-context": dict(lens=(0, 0), q_lens=(1, 5)),
     "ragged": dict(lens=(0, 130, 7, 0, 63, 64, 65), q_lens=(7, 1, 0, 5, 2, 1, 4)),
     "padded": dict(padding=5),

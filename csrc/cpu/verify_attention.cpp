@@ -486,8 +486,11 @@ float exp2_of(float x) {  // for x <= 0
 template <typename Q, typename C>
 struct alignas(64) Scratch {
   using Wide = std::conditional_t<kPairs<Q, C>, BF16, float>;
+  // With tiles the rows of a head are filled up to sixteen and its dims to 32, which can make an
+  // item's queries, else kState elements or one head's kRows rows, up to 16 kState words.
   static constexpr int kPadded = kInTiles<Q, C> ? 2 * kRows : kRows;
-  float q[kPadded * kMaxDim];    // words: [rows][D], or [head][16 rows][16 words][16 rows]
+  static constexpr int kQueries = kInTiles<Q, C> ? kLanes * kState : kRows * kMaxDim;
+  float q[kQueries];             // words: [rows][D], or as query_tiles() says
   float keys[kTile * kMaxDim];   // words: [panel][D][16 keys]
   Wide values[kTile * kMaxDim];  // [key][stride], where rows are not read from their page
   float p[kRows * kTile];        // scores, then words of probabilities
@@ -856,21 +859,23 @@ class Item {
   }
 
   void attend_tile(int64_t start, int64_t stop) {
-    const int end = static_cast<int>(std::min<int64_t>(kTile, end_ - start));
+    [[maybe_unused]] const int end = static_cast<int>(std::min<int64_t>(kTile, end_ - start));
     const Seen seen = find_seen(start, rows_of_[turn_ ^ 1].valid);
     for (int h = 0; h < heads_; ++h) {
       turn_ ^= 1;
       const bool same_tile = h + 1 < heads_, more = same_tile || start + kTile < stop;
       if (more) find_rows(same_tile ? start : start + kTile, same_tile ? h + 1 : 0);
       if (start + kTile > length_) encode_new_rows(start, h);
-      attend_head(h, seen, end, rows_of_[turn_], rows_of_[more ? turn_ ^ 1 : turn_]);
+      const Rows& next = rows_of_[more ? turn_ ^ 1 : turn_];
+      if constexpr (tiles) {
+        this->attend_head_tiles(h, seen, rows_of_[turn_], next);
+      } else {
+        attend_head(h, seen, end, rows_of_[turn_], next);
+      }
     }
   }
 
   void attend_head(int h, Seen seen, int end, Rows& rows, const Rows& next) {
-#if MTP_ISA_LEVEL >= 4
-    if constexpr (tiles) return attend_head_tiles(h, seen, rows, next);
-#endif
     const int64_t panel = words_of(round_up(dim_, kLanes * (pairs ? 2 : 1))) * kLanes;
     const int panels = ceil_div(end, kLanes);
     for (int i = 0; i < panels; ++i) {

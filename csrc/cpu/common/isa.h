@@ -26,70 +26,42 @@ const char* compiled_isa_levels();
 #if MTP_ISA_LEVEL == 0
 
 #ifdef MTP_HAVE_AVX2
-#define MTP_ISA_DECLARE_AVX2(launch, Params) \
-  namespace avx2 {                           \
-  void launch(const Params&);                \
-  }
-#define MTP_ISA_CASE_AVX2(launch, p) \
-  case Isa::kAvx2:                   \
-    return avx2::launch(p);
+#define MTP_IF_AVX2(...) __VA_ARGS__
 #else
-#define MTP_ISA_DECLARE_AVX2(launch, Params)
-#define MTP_ISA_CASE_AVX2(launch, p)
+#define MTP_IF_AVX2(...)
 #endif
 #ifdef MTP_HAVE_AVX512
-#define MTP_ISA_DECLARE_AVX512(launch, Params) \
-  namespace avx512 {                           \
-  void launch(const Params&);                  \
-  }
-#define MTP_ISA_CASE_AVX512(launch, p) \
-  case Isa::kAvx512:                   \
-    return avx512::launch(p);
+#define MTP_IF_AVX512(...) __VA_ARGS__
 #else
-#define MTP_ISA_DECLARE_AVX512(launch, Params)
-#define MTP_ISA_CASE_AVX512(launch, p)
+#define MTP_IF_AVX512(...)
 #endif
 #ifdef MTP_HAVE_AVX512_BF16
-#define MTP_ISA_DECLARE_AVX512_BF16(launch, Params) \
-  namespace avx512_bf16 {                           \
-  void launch(const Params&);                       \
-  }
-#define MTP_ISA_CASE_AVX512_BF16(launch, p) \
-  case Isa::kAvx512Bf16:                    \
-    return avx512_bf16::launch(p);
+#define MTP_IF_AVX512_BF16(...) __VA_ARGS__
 #else
-#define MTP_ISA_DECLARE_AVX512_BF16(launch, Params)
-#define MTP_ISA_CASE_AVX512_BF16(launch, p)
+#define MTP_IF_AVX512_BF16(...)
 #endif
 #ifdef MTP_HAVE_AMX
-#define MTP_ISA_DECLARE_AMX(launch, Params) \
-  namespace amx {                           \
-  void launch(const Params&);               \
-  }
-#define MTP_ISA_CASE_AMX(launch, p) \
-  case Isa::kAmx:                   \
-    return amx::launch(p);
+#define MTP_IF_AMX(...) __VA_ARGS__
 #else
-#define MTP_ISA_DECLARE_AMX(launch, Params)
-#define MTP_ISA_CASE_AMX(launch, p)
+#define MTP_IF_AMX(...)
 #endif
 
-#define MTP_CPU_DISPATCH(launch, Params)      \
-  namespace mtp::cpu {                        \
-  MTP_ISA_DECLARE_AVX2(launch, Params)        \
-  MTP_ISA_DECLARE_AVX512(launch, Params)      \
-  MTP_ISA_DECLARE_AVX512_BF16(launch, Params) \
-  MTP_ISA_DECLARE_AMX(launch, Params)         \
-  void launch(const Params& p) {              \
-    switch (isa()) {                          \
-      MTP_ISA_CASE_AMX(launch, p)             \
-      MTP_ISA_CASE_AVX512_BF16(launch, p)     \
-      MTP_ISA_CASE_AVX512(launch, p)          \
-      MTP_ISA_CASE_AVX2(launch, p)            \
-      default:                                \
-        return generic::launch(p);            \
-    }                                         \
-  }                                           \
+#define MTP_CPU_DISPATCH(launch, Params)                                         \
+  namespace mtp::cpu {                                                           \
+  MTP_IF_AVX2(namespace avx2 { void launch(const Params&); })                    \
+  MTP_IF_AVX512(namespace avx512 { void launch(const Params&); })                \
+  MTP_IF_AVX512_BF16(namespace avx512_bf16 { void launch(const Params&); })      \
+  MTP_IF_AMX(namespace amx { void launch(const Params&); })                      \
+  void launch(const Params& p) {                                                 \
+    switch (isa()) {                                                             \
+      MTP_IF_AMX(case Isa::kAmx : return amx::launch(p);)                        \
+      MTP_IF_AVX512_BF16(case Isa::kAvx512Bf16 : return avx512_bf16::launch(p);) \
+      MTP_IF_AVX512(case Isa::kAvx512 : return avx512::launch(p);)               \
+      MTP_IF_AVX2(case Isa::kAvx2 : return avx2::launch(p);)                     \
+      default:                                                                   \
+        return generic::launch(p);                                               \
+    }                                                                            \
+  }                                                                              \
   }
 
 #else

@@ -16,9 +16,9 @@
 // beforehand in the order the tile reads them.
 //
 // With AMX the same blocks are products of tile registers: sixteen weight rows as they lie in
-// memory (bytes: widened into a kilobyte of the first-level cache) by sixteen activation rows, in
-// 16 cycles per kilobyte of bf16 weights whatever the number of activation rows. A dot product is
-// one element of an accumulator there, summed in ascending k.
+// memory (bytes: widened into a kilobyte of the first-level cache) by sixteen activation rows, one
+// instruction per kilobyte of bf16 weights whatever the number of activation rows. A dot product
+// is one element of an accumulator there, summed in ascending k.
 #pragma once
 
 #include <algorithm>
@@ -682,12 +682,14 @@ template <typename Operand, int kR, int kG, typename W>
   });
 }
 
-// Weight rows [0, n): of bf16 as many side by side as there are accumulators for, while of bytes
-// sixteen keep the processor busy with widening.
+// Tiles of weight rows side by side: of bf16 as many as there are accumulators for; of bytes one,
+// which measured faster.
 template <typename Operand>
 constexpr int tile_rows(int groups) {
   return Operand::kParts == 2 ? 1 : std::min(3, 4 / groups);
 }
+
+// Weight rows [0, n) against kG groups of activation rows.
 template <typename Operand, int kG, int kR = tile_rows<Operand>(kG), typename W>
 void dot_tile_rows(const W* w, int64_t stride, int64_t n, int64_t k, const BF16* x, int64_t group,
                    const float* starts, float* out) {
@@ -730,25 +732,29 @@ int64_t grain_of(int64_t k) {
 // Calls epilogue(first, count, tile) for consecutive blocks of at most kTileWidth weight rows of
 // [begin, end); tile[m * kTileWidth + i] is the dot product of weight row first + i with
 // activation row m.
+#if MTP_ISA_LEVEL >= 4
+template <typename W, typename Epilogue>
+void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
+                    const PackedRows<W, BF16>& x, const Epilogue& epilogue) {
+  using Operand = cpu::Operand<W, BF16>;
+  alignas(64) float tile[kMaxRows * kTileWidth];
+  const Tiles registers;
+  const int64_t groups = ceil_div<int64_t>(x.rows(), kTileSide);
+  const float* starts = Operand::kStarts ? x.starts(0) : nullptr;
+  for (int64_t first = begin; first < end; first += kTileWidth) {
+    const int64_t count = std::min<int64_t>(kTileWidth, end - first);
+    dot_tile_groups<Operand>(groups, weight + first * stride, stride, count, x.k(), x.group(0),
+                             kTileSide * x.length(x.k()), starts, tile);
+    epilogue(first, count, tile);
+  }
+}
+#endif
+
 template <typename W, typename X, typename Epilogue>
 void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
                     const PackedRows<W, X>& x, const Epilogue& epilogue) {
   using Operand = cpu::Operand<W, X>;
   alignas(64) float tile[kMaxRows * kTileWidth];
-#if MTP_ISA_LEVEL >= 4
-  if constexpr (kInTiles<X>) {
-    const Tiles registers;
-    const float* starts = Operand::kStarts ? x.starts(0) : nullptr;
-    for (int64_t first = begin; first < end; first += kTileWidth) {
-      const int64_t count = std::min<int64_t>(kTileWidth, end - first);
-      dot_tile_groups<Operand>(ceil_div<int64_t>(x.rows(), kTileSide), weight + first * stride,
-                               stride, count, x.k(), x.group(0), kTileSide * x.length(x.k()),
-                               starts, tile);
-      epilogue(first, count, tile);
-    }
-    return;
-  }
-#endif
   using Widened = cpu::Operand<X, X>;
   constexpr int kPanel = tile_n<Widened>(kTileM);
   constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take
