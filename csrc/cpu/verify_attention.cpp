@@ -49,9 +49,9 @@ constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 using KeyBits = uint32_t;  // one per key of a tile
 
 // Register blocks: with 16 ymm registers, six rows by one 16-lane vector or three by two; with 32
-// zmm registers, six rows by two or three by four.
+// zmm registers, six rows by four.
 constexpr int kBlockRows = 6;
-constexpr int wide(int rows) { return (MTP_ISA_LEVEL >= 2 ? 2 : 1) * (rows <= 3 ? 2 : 1); }
+constexpr int wide(int rows) { return MTP_ISA_LEVEL >= 2 ? 4 : rows <= 3 ? 2 : 1; }
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
@@ -963,7 +963,7 @@ class Item {
     const F32x16 scale = broadcast(p_.scale * k_scale(h) * (p_.softcap > 0.0f ? 1.0f : kLog2E));
     float *max = s_.max + h * max_stride_, *sum = s_.sum + h * rows_ * kLanes;
     float top[kRows], base[kRows];
-    std::fill_n(top + rows_ / kLanes * kLanes, rows_ % kLanes ? kLanes : 0, -kInfinity);
+    std::copy_n(max, max_stride_, top);
     for (int r = 0; r < rows_; ++r) {
       float* row = s_.p + r * kTile;
       F32x16 best = broadcast(-kInfinity);
@@ -978,10 +978,11 @@ class Item {
         store(row + w * kLanes, x);
         best = cpu::max(best, x);
       }
-      top[r] = reduce_max(best);
+      // Rarely so after a row's first tiles, and adding up lanes is slow.
+      if (to_bits(best > broadcast(top[r])) != 0) top[r] = reduce_max(best);
     }
     for (int r = 0; r < rows_; r += kLanes) {
-      const F32x16 old = load(max + r), now = cpu::max(old, load(top + r));
+      const F32x16 old = load(max + r), now = load(top + r);
       const F32x16 finite = select(now == broadcast(-kInfinity), zero(), now);
       store(max + r, now);
       store(base + r, finite);

@@ -49,9 +49,6 @@ inline Reg reg_zero() { return _mm512_setzero_ps(); }
 inline Reg reg_load(const float* p) { return _mm512_loadu_ps(p); }
 inline void reg_store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
 inline Reg reg_fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-inline __m256 fold(Reg a) {
-  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-}
 
 #elif MTP_ISA_LEVEL == 1
 
@@ -63,7 +60,6 @@ inline Reg reg_zero() { return _mm256_setzero_ps(); }
 inline Reg reg_load(const float* p) { return _mm256_loadu_ps(p); }
 inline void reg_store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
 inline Reg reg_fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-inline __m256 fold(Reg a) { return a; }
 
 #else
 
@@ -87,19 +83,44 @@ inline Reg reg_fma(Reg a, Reg b, Reg c) {
 
 #endif
 
-// The sums of the lanes of four registers, each by the same tree of neighbours.
-#if MTP_ISA_LEVEL >= 1
-inline void reduce4(Reg a, Reg b, Reg c, Reg d, float out[4]) {
-  const __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
-  const __m256 all = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-}
+// out[i] = the sum of the lanes of at(i) for i < n, each by the same tree. Whole registers are
+// written; at(i) is zero from n on.
+template <int n, typename At>
+[[gnu::always_inline]] inline void reduce_lanes(const At& at, float* out) {
+#if MTP_ISA_LEVEL >= 2
+  const auto four = [&](int i) {  // in each quarter: its sums of four registers
+    const Reg a = at(i), b = at(i + 1), c = at(i + 2), d = at(i + 3);
+    const Reg ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const Reg cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  };
+  const auto add_quarters = [](Reg a, Reg b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+#pragma GCC unroll 2
+  for (int i = 0; i < n; i += 16) {
+    reg_store(out + i, add_quarters(add_quarters(four(i), four(i + 4)),
+                                    add_quarters(four(i + 8), four(i + 12))));
+  }
+#elif MTP_ISA_LEVEL == 1
+#pragma GCC unroll 4
+  for (int i = 0; i < n; i += 8) {
+    const auto four = [&](int j) {
+      return _mm256_hadd_ps(_mm256_hadd_ps(at(j), at(j + 1)), _mm256_hadd_ps(at(j + 2), at(j + 3)));
+    };
+    const Reg a = four(i), b = four(i + 4);
+    reg_store(out + i, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                                     _mm256_permute2f128_ps(a, b, 0x31)));
+  }
 #else
-inline void reduce4(Reg a, Reg b, Reg c, Reg d, float out[4]) {
-  const Reg* r[4] = {&a, &b, &c, &d};
-  for (int i = 0; i < 4; ++i) out[i] = (r[i]->v[0] + r[i]->v[1]) + (r[i]->v[2] + r[i]->v[3]);
-}
+  for (int i = 0; i < n; ++i) {
+    const Reg r = at(i);
+    out[i] = (r.v[0] + r.v[1]) + (r.v[2] + r.v[3]);
+  }
 #endif
+}
 
 // ---- operands --------------------------------------------------------------------------------
 
@@ -285,9 +306,12 @@ constexpr int kTileWidth = 48;  // weight rows per call of the epilogue
 
 // out[0..k) = x in f32.
 inline void widen_row(DType dtype, const void* x, int64_t k, float* out) {
-  for (int64_t i = 0; i < k; i += kLanes) {
-    store_partial(out + i, load_partial_as(dtype, x, i, k - i), k - i);
-  }
+  with_float_type(dtype, [&](auto type) {
+    const auto* in = static_cast<const decltype(type)*>(x);
+    for (int64_t i = 0; i < k; i += kLanes) {
+      store_partial(out + i, load_partial(in + i, k - i), k - i);
+    }
+  });
 }
 
 // x * weight / sqrt(mean(x^2) + eps) in place; `offset` is added to the weight.
@@ -300,10 +324,13 @@ inline void rms_norm_row(float* x, int64_t k, DType dtype, const void* weight, f
   }
   const F32x16 scale =
       broadcast(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(k) + eps));
-  for (int64_t i = 0; i < k; i += kLanes) {
-    const F32x16 w = load_partial_as(dtype, weight, i, k - i) + broadcast(offset);
-    store_partial(x + i, load_partial(x + i, k - i) * scale * w, k - i);
-  }
+  with_float_type(dtype, [&](auto type) {
+    const auto* weights = static_cast<const decltype(type)*>(weight);
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const F32x16 w = load_partial(weights + i, k - i) + broadcast(offset);
+      store_partial(x + i, load_partial(x + i, k - i) * scale * w, k - i);
+    }
+  });
 }
 
 // What is packed as bf16 is multiplied by tile registers where there are any.
@@ -416,12 +443,14 @@ class NextRows {
  public:
   static constexpr int64_t kAhead = 8192;
 
+  // The tile at hand has n rows from w.
   template <typename W>
-  NextRows(const W* first, int64_t stride, int64_t k)
-      : line_(reinterpret_cast<const char*>(first)),
-        row_end_(line_ + k * sizeof(W)),
-        gap_((stride - k) * sizeof(W)),
-        row_bytes_(k * sizeof(W)) {}
+  NextRows(const W* w, int64_t n, int64_t stride, int64_t k)
+      : row_bytes_(k * sizeof(W)), gap_((stride - k) * sizeof(W)) {
+    const int64_t tiles = ceil_div<int64_t>(kAhead, n * row_bytes_ + 1);
+    line_ = reinterpret_cast<const char*>(w + tiles * n * stride);
+    row_end_ = line_ + row_bytes_;
+  }
 
   [[gnu::always_inline]] void prefetch(int bytes) {
     for (int done = 0; done < bytes; done += kLineBytes) {
@@ -436,22 +465,26 @@ class NextRows {
 
  private:
   static constexpr int kLineBytes = 64;
+  int64_t row_bytes_, gap_;
   const char *line_, *row_end_;
-  int64_t gap_, row_bytes_;
 };
 
 // One step of a tile. Of two parts, one after the other: the operand with fewer rows stays in
-// registers. Where both come out of one table look-up (kJoint), so do both.
+// registers. Where both come out of one table look-up (kJoint), so do both. Loops over registers are
+// unrolled by pragma: left to GCC that happens too late to keep the sums out of memory.
 template <typename Operand, int kM, int kN, typename W, typename X>
 [[gnu::always_inline]] inline void tile_step(const W* w, int64_t stride, const X* x,
                                              Reg (&acc)[kN][kM]) {
   using Part = typename Operand::Part;
   constexpr int kLanesX = Operand::kPartLanes;
   if constexpr (Operand::kJoint) {
+#pragma GCC unroll 8
     for (int n = 0; n < kN; ++n) {
       Part b[2];
       Operand::widen(w + n * stride, b);
+#pragma GCC unroll 8
       for (int h = 0; h < 2; ++h) {
+#pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
           const Part a = Operand::load(x + (h * kM + m) * kLanesX);
           acc[n][m] = Operand::multiply_add(b[h], a, acc[n][m]);
@@ -463,16 +496,22 @@ template <typename Operand, int kM, int kN, typename W, typename X>
       const X* xh = x + h * kM * kLanesX;
       if constexpr (kM <= kN) {
         Part a[kM];
+#pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) a[m] = Operand::load(xh + m * kLanesX);
+#pragma GCC unroll 8
         for (int n = 0; n < kN; ++n) {
           const Part b = Operand::template widen<h>(w + n * stride);
+#pragma GCC unroll 8
           for (int m = 0; m < kM; ++m) acc[n][m] = Operand::multiply_add(b, a[m], acc[n][m]);
         }
       } else {
         Part b[kN];
+#pragma GCC unroll 8
         for (int n = 0; n < kN; ++n) b[n] = Operand::template widen<h>(w + n * stride);
+#pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
           const Part a = Operand::load(xh + m * kLanesX);
+#pragma GCC unroll 8
           for (int n = 0; n < kN; ++n) acc[n][m] = Operand::multiply_add(b[n], a, acc[n][m]);
         }
       }
@@ -488,11 +527,12 @@ template <typename Operand, int kM, int kN, typename W, typename X>
                                 const float* starts, float* out) {
   constexpr int kStep = Operand::kStep;
   Reg acc[kN][kM];
+#pragma GCC unroll 8
   for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) acc[n][m] = starts ? reg_load(starts + m * kRegLanes) : reg_zero();
   }
-  const int64_t tiles = ceil_div<int64_t>(NextRows::kAhead, kN * (k + 1) * sizeof(W));
-  NextRows next(w + tiles * kN * stride, stride, k);
+  NextRows next(w, kN, stride, k);
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += Operand::kParts * kM * Operand::kPartLanes) {
     next.prefetch(kN * kStep * sizeof(W));
@@ -505,19 +545,11 @@ template <typename Operand, int kM, int kN, typename W, typename X>
     }
     tile_step<Operand, kM, kN>(tail, kStep, x, acc);
   }
-  if constexpr (kN % 4 == 0) {
-    for (int m = 0; m < kM; ++m) {
-      for (int n = 0; n < kN; n += 4) {
-        reduce4(acc[n][m], acc[n + 1][m], acc[n + 2][m], acc[n + 3][m], out + m * kTileWidth + n);
-      }
-    }
-  } else {
-    float sums[(kN * kM + 3) / 4 * 4];
-    const auto at = [&](int i) { return i < kN * kM ? acc[i % kN][i / kN] : reg_zero(); };
-    for (int j = 0; j < kN * kM; j += 4) reduce4(at(j), at(j + 1), at(j + 2), at(j + 3), sums + j);
-    for (int m = 0; m < kM; ++m) {
-      for (int n = 0; n < kN; ++n) out[m * kTileWidth + n] = sums[m * kN + n];
-    }
+  float sums[ceil_div(kN * kM, kRegLanes) * kRegLanes];
+  reduce_lanes<kN * kM>([&](int i) { return i < kN * kM ? acc[i % kN][i / kN] : reg_zero(); },
+                        sums);
+  for (int m = 0; m < kM; ++m) {
+    std::memcpy(out + m * kTileWidth, sums + m * kN, kN * sizeof(float));
   }
 }
 
@@ -525,7 +557,7 @@ template <typename Operand, int kM, int kN, typename W, typename X>
 template <typename Operand>
 constexpr int tile_n(int m) {
   const int accumulators = Operand::kJoint ? 16 : kAccumulators;
-  for (int n : {6, 4, 3}) {
+  for (int n : {6, 4, 3, 2}) {
     if (n * m <= accumulators && kTileWidth % n == 0) return n;
   }
   return 1;
@@ -557,6 +589,7 @@ void dot_rows_rest(int rest, const W* w, int64_t stride, int64_t n, int64_t k, c
 template <typename Operand, typename W, typename X>
 void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
   constexpr int kStep = Operand::kStep;
+  NextRows next(w, n, stride, k);
   for (int64_t row = 0; row < n; ++row, w += stride) {
     const auto step = [&](const W* p) {
       typename Operand::Part parts[2];
@@ -570,7 +603,10 @@ void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
       out += kStep;
     };
     int64_t i = 0;
-    for (; i + kStep <= k; i += kStep) step(w + i);
+    for (; i + kStep <= k; i += kStep) {
+      next.prefetch(kStep * sizeof(W));
+      step(w + i);
+    }
     if (i < k) {
       W tail[kStep] = {};
       std::memcpy(tail, w + i, (k - i) * sizeof(W));
@@ -756,19 +792,20 @@ void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
   using Operand = cpu::Operand<W, X>;
   alignas(64) float tile[kMaxRows * kTileWidth];
   using Widened = cpu::Operand<X, X>;
-  constexpr int kPanel = tile_n<Widened>(kTileM);
+  constexpr int kWidenedN = tile_n<Widened>(kTileM);
   constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take
   alignas(64) X wide[kWide];
   const int64_t full = x.rows() / kTileM * kTileM, length = x.length(x.k());
   const bool widen =
-      Operand::kParts == 2 && !std::is_same_v<W, X> && full > kTileM && kPanel * length <= kWide;
+      Operand::kParts == 2 && !std::is_same_v<W, X> && full > kTileM && kWidenedN * length <= kWide;
+  const int64_t panel = widen ? kWidenedN : tile_n<Operand>(kTileM);  // one tile
   const auto starts = [&](int64_t row) { return Operand::kStarts ? x.starts(row) : nullptr; };
   for (int64_t first = begin; first < end; first += kTileWidth) {
     const int64_t count = std::min<int64_t>(kTileWidth, end - first);
     const W* w = weight + first * stride;
     // A panel stays in the first-level cache while all full groups of rows pass over it.
-    for (int64_t i = 0; full > 0 && i < count; i += kPanel) {
-      const int64_t n = std::min<int64_t>(kPanel, count - i);
+    for (int64_t i = 0; full > 0 && i < count; i += panel) {
+      const int64_t n = std::min<int64_t>(panel, count - i);
       if (widen) widen_rows<Operand>(w + i * stride, stride, n, x.k(), wide);
       for (int64_t m = 0; m < full; m += kTileM) {
         float* out = tile + m * kTileWidth + i;
