@@ -26,6 +26,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -435,21 +436,25 @@ class PackedRows {
 
 // ---- tiles of vector registers ---------------------------------------------------------------
 
-// Asks for the rows of the tile after this one, or of a later one where tiles are small: what is
-// asked for less than kAhead bytes before its use comes late. A tile reads several short rows side
-// by side, from which no hardware prefetcher guesses what comes next; in the order of memory they
-// are one stream. Into the second-level cache: the first level can wait for few lines at a time.
+// Asks for rows that come later, in the order of memory, while a tile is multiplied: it reads
+// several short rows side by side, from which no hardware prefetcher guesses what comes next. What
+// is asked for less than kAhead bytes before its use comes late. Into the second-level cache: the
+// first level can wait for few lines at a time.
 class NextRows {
  public:
   static constexpr int64_t kAhead = 8192;
 
-  // The tile at hand has n rows from w.
+  // From row w on, of which k elements are read.
   template <typename W>
-  NextRows(const W* w, int64_t n, int64_t stride, int64_t k)
-      : row_bytes_(k * sizeof(W)), gap_((stride - k) * sizeof(W)) {
-    const int64_t tiles = ceil_div<int64_t>(kAhead, n * row_bytes_ + 1);
-    line_ = reinterpret_cast<const char*>(w + tiles * n * stride);
-    row_end_ = line_ + row_bytes_;
+  NextRows(const W* w, int64_t stride, int64_t k)
+      : row_bytes_(k * sizeof(W)),
+        gap_((stride - k) * sizeof(W)),
+        line_(reinterpret_cast<const char*>(w)),
+        row_end_(line_ + row_bytes_) {}
+
+  // How many rows later that is if tiles of n rows are read.
+  static int64_t distance(int64_t n, int64_t row_bytes) {
+    return ceil_div<int64_t>(kAhead, n * row_bytes + 1) * n;
   }
 
   [[gnu::always_inline]] void prefetch(int bytes) {
@@ -470,8 +475,8 @@ class NextRows {
 };
 
 // One step of a tile. Of two parts, one after the other: the operand with fewer rows stays in
-// registers. Where both come out of one table look-up (kJoint), so do both. Loops over registers are
-// unrolled by pragma: left to GCC that happens too late to keep the sums out of memory.
+// registers. Where both come out of one table look-up (kJoint), so do both. Loops over registers
+// are unrolled by pragma: left to GCC that happens too late to keep the sums out of memory.
 template <typename Operand, int kM, int kN, typename W, typename X>
 [[gnu::always_inline]] inline void tile_step(const W* w, int64_t stride, const X* x,
                                              Reg (&acc)[kN][kM]) {
@@ -492,7 +497,7 @@ template <typename Operand, int kM, int kN, typename W, typename X>
       }
     }
   } else {
-    const auto part = [&]<int h>() {
+    const auto part = [&]<int h>() __attribute__((always_inline)) {
       const X* xh = x + h * kM * kLanesX;
       if constexpr (kM <= kN) {
         Part a[kM];
@@ -521,18 +526,26 @@ template <typename Operand, int kM, int kN, typename W, typename X>
   }
 }
 
-// out[m * kTileWidth + n] = dot(weight row n, activation row m) + what starts holds.
-template <typename Operand, int kM, int kN, typename W, typename X>
-[[gnu::noinline]] void dot_tile(const W* w, int64_t stride, int64_t k, const X* x,
-                                const float* starts, float* out) {
+// out[m * kTileWidth + n] = dot(weight row n, activation row m), from `starts` on. Of rows that
+// are read in chunks, all but the first go on from `lanes` and all but the last only leave theirs
+// there.
+template <typename Operand, int kM, int kN, bool first, bool last, typename W, typename X>
+[[gnu::noinline]] void dot_tile(const W* w, int64_t stride, int64_t k, const X* x, int64_t ahead,
+                                const float* starts, [[maybe_unused]] float* lanes, float* out) {
   constexpr int kStep = Operand::kStep;
   Reg acc[kN][kM];
 #pragma GCC unroll 8
   for (int n = 0; n < kN; ++n) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) acc[n][m] = starts ? reg_load(starts + m * kRegLanes) : reg_zero();
+    for (int m = 0; m < kM; ++m) {
+      if constexpr (first) {
+        acc[n][m] = Operand::kStarts ? reg_load(starts + m * kRegLanes) : reg_zero();
+      } else {
+        acc[n][m] = reg_load(lanes + (n * kM + m) * kRegLanes);
+      }
+    }
   }
-  NextRows next(w, kN, stride, k);
+  NextRows next(w + ahead * stride, stride, k);
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += Operand::kParts * kM * Operand::kPartLanes) {
     next.prefetch(kN * kStep * sizeof(W));
@@ -544,6 +557,14 @@ template <typename Operand, int kM, int kN, typename W, typename X>
       std::memcpy(tail + n * kStep, w + n * stride + i, (k - i) * sizeof(W));
     }
     tile_step<Operand, kM, kN>(tail, kStep, x, acc);
+  }
+  if constexpr (!last) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) reg_store(lanes + (n * kM + m) * kRegLanes, acc[n][m]);
+    }
+    return;
   }
   float sums[ceil_div(kN * kM, kRegLanes) * kRegLanes];
   reduce_lanes<kN * kM>([&](int i) { return i < kN * kM ? acc[i % kN][i / kN] : reg_zero(); },
@@ -563,16 +584,61 @@ constexpr int tile_n(int m) {
   return 1;
 }
 
+// Long activation rows are read in chunks that stay in the first-level cache for a panel of tiles.
+// Where widening takes longer than reading them, that would only cost.
+constexpr int kPanelTiles = 4;
+template <typename Operand, typename X>
+constexpr int64_t chunk_length(int m) {
+  return 16384 / (m * static_cast<int64_t>(sizeof(X))) / Operand::kStep * Operand::kStep;
+}
+template <typename Operand, typename X>
+bool in_chunks(int m, int64_t k) {
+  return !Operand::kJoint && k > chunk_length<Operand, X>(m);
+}
+
+// As dot_rows, of whole panels of tiles of kN rows; returns how many rows those had.
+template <typename Operand, int kM, int kN, typename W, typename X>
+int64_t dot_panels(const W* w, int64_t stride, int64_t n, int64_t k, const X* x,
+                   const float* starts, float* out) {
+  constexpr int64_t kChunk = chunk_length<Operand, X>(kM), kRows = kPanelTiles * kN;
+  alignas(64) float lanes[kPanelTiles][kN * kM * kRegLanes];
+  int64_t i = 0;
+  for (; i + kRows <= n; i += kRows) {
+    for (int64_t at = 0; at < k; at += kChunk) {
+      const bool last = at + kChunk >= k;
+      const auto tile = at == 0 ? dot_tile<Operand, kM, kN, true, false, W, X>
+                        : last  ? dot_tile<Operand, kM, kN, false, true, W, X>
+                                : dot_tile<Operand, kM, kN, false, false, W, X>;
+      for (int t = 0; t < kPanelTiles; ++t) {
+        const int64_t row = i + t * kN;
+        tile(w + row * stride + at, stride, std::min(kChunk, k - at), x + at * kM, kRows, starts,
+             lanes[t], out + row);
+      }
+    }
+  }
+  return i;
+}
+
 // Weight rows [0, n) against the kM activation rows at x.
 template <typename Operand, int kM, typename W, typename X>
 void dot_rows(const W* w, int64_t stride, int64_t n, int64_t k, const X* x, const float* starts,
               float* out) {
   constexpr int kN = tile_n<Operand>(kM);
   int64_t i = 0;
-  for (; i + kN <= n; i += kN) {
-    dot_tile<Operand, kM, kN>(w + i * stride, stride, k, x, starts, out + i);
+  if constexpr (!Operand::kJoint) {
+    if (in_chunks<Operand, X>(kM, k)) {
+      i = dot_panels<Operand, kM, kN>(w, stride, n, k, x, starts, out);
+    }
   }
-  for (; i < n; ++i) dot_tile<Operand, kM, 1>(w + i * stride, stride, k, x, starts, out + i);
+  const int64_t ahead = NextRows::distance(kN, k * sizeof(W));
+  const auto whole = [&]<int rows>() {
+    for (; i + rows <= n; i += rows) {
+      dot_tile<Operand, kM, rows, true, true>(w + i * stride, stride, k, x, ahead, starts, nullptr,
+                                              out + i);
+    }
+  };
+  whole.template operator()<kN>();
+  if constexpr (kN > 1) whole.template operator()<1>();
 }
 
 template <typename Operand, int kM = kTileM - 1, typename W, typename X>
@@ -586,10 +652,14 @@ void dot_rows_rest(int rest, const W* w, int64_t stride, int64_t n, int64_t k, c
 
 // Weight rows widened once for many groups of activation rows: n rows in the order that PackedRows
 // gives activations. Widening is exact, so the dots stay the same.
+template <typename Operand, typename X>
+struct WidenedOperand : cpu::Operand<X, X> {
+  static constexpr bool kStarts = Operand::kStarts;
+};
 template <typename Operand, typename W, typename X>
 void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
   constexpr int kStep = Operand::kStep;
-  NextRows next(w, n, stride, k);
+  NextRows next(w + NextRows::distance(n, k * sizeof(W)) * stride, stride, k);
   for (int64_t row = 0; row < n; ++row, w += stride) {
     const auto step = [&](const W* p) {
       typename Operand::Part parts[2];
@@ -791,14 +861,15 @@ void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
                     const PackedRows<W, X>& x, const Epilogue& epilogue) {
   using Operand = cpu::Operand<W, X>;
   alignas(64) float tile[kMaxRows * kTileWidth];
-  using Widened = cpu::Operand<X, X>;
+  using Widened = WidenedOperand<Operand, X>;
   constexpr int kWidenedN = tile_n<Widened>(kTileM);
   constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take
   alignas(64) X wide[kWide];
   const int64_t full = x.rows() / kTileM * kTileM, length = x.length(x.k());
   const bool widen =
       Operand::kParts == 2 && !std::is_same_v<W, X> && full > kTileM && kWidenedN * length <= kWide;
-  const int64_t panel = widen ? kWidenedN : tile_n<Operand>(kTileM);  // one tile
+  const int tiles = in_chunks<Operand, X>(kTileM, x.k()) ? kPanelTiles : 1;
+  const int64_t panel = widen ? kWidenedN : tiles * tile_n<Operand>(kTileM);
   const auto starts = [&](int64_t row) { return Operand::kStarts ? x.starts(row) : nullptr; };
   for (int64_t first = begin; first < end; first += kTileWidth) {
     const int64_t count = std::min<int64_t>(kTileWidth, end - first);
