@@ -249,6 +249,14 @@ def test_many_rows_are_normalised_in_the_product(backend, simulator, dtype):
     loop = [n for n in product.lines.values() if not n.text.startswith("st.shared.f32")]
     assert sum(n.wavefronts - n.ideal_wavefronts for n in loop) == 0
 
+    # Of rows without a norm there is no factor to make.
+    with simulator.record() as launches:
+        run(backend, arguments, keywords | {"hnorm_weight": None})
+    factors, _ = launches
+    assert factors.stored_bytes("workspace") == t * 4
+    assert "hidden" not in factors.buffers or factors.loaded_bytes("hidden") == 0
+    assert factors.loaded_bytes("embedding") > 0
+
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_parts_are_added_in_order(backend, simulator, seed):

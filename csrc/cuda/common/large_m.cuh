@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kStreamThreads) prepare_rows_kernel(const Prep
   for (int i = 0; i < 2; ++i) {
     if (i == p.segment_count) break;
     const Segment& segment = p.segments[i];
+    if (!segment.norm_weight && !p.out) continue;
     const int64_t start = start_of_row(segment, blockIdx.x);
     float squares = 0.0f;
     for (int64_t k = threadIdx.x * 8; k < segment.length; k += kStreamThreads * 8) {
