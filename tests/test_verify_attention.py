@@ -346,6 +346,19 @@ def test_a_bad_token_spoils_only_rows_that_see_it(backend, value):
     assert torch.equal(bad_out[2, :, :5], out[2, :, :5])
 
 
+@pytest.mark.parametrize("batch", [1, 16])  # splits side by side, and one after the other
+def test_a_split_of_nan_is_not_an_empty_one(backend, batch):
+    """Keys of 1024 positions are NaN, later ones are not: the rows that see them are NaN."""
+    if backend.name == "ptxsim" and batch > 1:
+        pytest.skip("takes the simulator minutes")
+    case = make_case((1030,) * batch, (2,) * batch, heads=(2, 1), page=64)
+    pages, offsets = case.slots(0, 0, 1024)
+    case.k_cache[pages, offsets] = math.nan
+    out, lse, _ = run(backend, case)
+    assert out[:2].isnan().all() and lse[:2].isnan().all()
+    assert out[2:].isfinite().all() and lse[2:].isfinite().all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_key_outside_the_window_spoils_nothing(backend, value):
     case = make_case((50,), (4,), window=8)

@@ -978,11 +978,12 @@ class Item {
         store(row + w * kLanes, x);
         best = cpu::max(best, x);
       }
-      // Rarely so after a row's first tiles, and adding up lanes is slow.
-      if (to_bits(best > broadcast(top[r])) != 0) top[r] = reduce_max(best);
+      // Few tiles after a row's first ones do, and reducing lanes is slow. A NaN does.
+      const bool raises = to_bits(best <= broadcast(top[r])) != 0xffff;
+      if (raises) top[r] = reduce_max(best);
     }
     for (int r = 0; r < rows_; r += kLanes) {
-      const F32x16 old = load(max + r), now = load(top + r);
+      const F32x16 old = load(max + r), now = cpu::max(old, load(top + r));
       const F32x16 finite = select(now == broadcast(-kInfinity), zero(), now);
       store(max + r, now);
       store(base + r, finite);

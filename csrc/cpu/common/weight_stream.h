@@ -128,6 +128,8 @@ template <int n, typename At>
 // Operand<W, X>: how weights of type W meet activations packed as X. A step is kStep elements, in
 // kParts registers of weights (widen) and as many of activations (arrange). Elements are packed in
 // the order that is cheapest to widen. With kStarts a row's sums start from PackedRows::starts().
+// With kPanels long rows are multiplied in panels (dot_panels); bytes, which take longer to widen
+// than activations to load, only lose by it.
 template <typename W, typename X>
 struct Operand;
 
@@ -135,7 +137,7 @@ template <typename W>
 struct Operand<W, float> {
   using Part = Reg;
   static constexpr int kParts = 2, kPartLanes = kRegLanes, kStep = 2 * kRegLanes;
-  static constexpr bool kJoint = false, kStarts = false;
+  static constexpr bool kJoint = false, kStarts = false, kPanels = true;
 
   static Part load(const float* p) { return reg_load(p); }
   static Reg multiply_add(Part w, Part x, Reg acc) { return reg_fma(w, x, acc); }
@@ -213,7 +215,7 @@ template <>
 struct Operand<BF16, BF16> {
   using Part = __m512bh;
   static constexpr int kParts = 1, kPartLanes = 32, kStep = 32;
-  static constexpr bool kJoint = false, kStarts = false;
+  static constexpr bool kJoint = false, kStarts = false, kPanels = true;
 
   static Part load(const BF16* p) { return reinterpret_cast<Part>(_mm512_loadu_si512(p)); }
   static Reg multiply_add(Part w, Part x, Reg acc) { return _mm512_dpbf16_ps(acc, w, x); }
@@ -232,7 +234,7 @@ struct Operand<BF16, BF16> {
 // eighth is the sign. Interleaving the bytes gives runs of eight elements to the two parts in turn.
 struct ByteOperand : Operand<BF16, BF16> {
   static constexpr int kParts = 2, kStep = 64;
-  static constexpr bool kJoint = true;
+  static constexpr bool kJoint = true, kPanels = false;
 
   struct Tables {
     alignas(64) uint8_t low[128], high[128];
@@ -585,7 +587,6 @@ constexpr int tile_n(int m) {
 }
 
 // Long activation rows are read in chunks that stay in the first-level cache for a panel of tiles.
-// Where widening takes longer than reading them, that would only cost.
 constexpr int kPanelTiles = 4;
 template <typename Operand, typename X>
 constexpr int64_t chunk_length(int m) {
@@ -593,7 +594,7 @@ constexpr int64_t chunk_length(int m) {
 }
 template <typename Operand, typename X>
 bool in_chunks(int m, int64_t k) {
-  return !Operand::kJoint && k > chunk_length<Operand, X>(m);
+  return Operand::kPanels && k > chunk_length<Operand, X>(m);
 }
 
 // As dot_rows, of whole panels of tiles of kN rows; returns how many rows those had.
@@ -625,7 +626,7 @@ void dot_rows(const W* w, int64_t stride, int64_t n, int64_t k, const X* x, cons
               float* out) {
   constexpr int kN = tile_n<Operand>(kM);
   int64_t i = 0;
-  if constexpr (!Operand::kJoint) {
+  if constexpr (Operand::kPanels) {
     if (in_chunks<Operand, X>(kM, k)) {
       i = dot_panels<Operand, kM, kN>(w, stride, n, k, x, starts, out);
     }
@@ -650,12 +651,14 @@ void dot_rows_rest(int rest, const W* w, int64_t stride, int64_t n, int64_t k, c
   }
 }
 
+// What widened rows are multiplied as. There are never enough of them for a panel.
+template <typename X, bool starts>
+struct WidenedOperand : Operand<X, X> {
+  static constexpr bool kStarts = starts, kPanels = false;
+};
+
 // Weight rows widened once for many groups of activation rows: n rows in the order that PackedRows
 // gives activations. Widening is exact, so the dots stay the same.
-template <typename Operand, typename X>
-struct WidenedOperand : cpu::Operand<X, X> {
-  static constexpr bool kStarts = Operand::kStarts;
-};
 template <typename Operand, typename W, typename X>
 void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
   constexpr int kStep = Operand::kStep;
@@ -861,7 +864,7 @@ void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
                     const PackedRows<W, X>& x, const Epilogue& epilogue) {
   using Operand = cpu::Operand<W, X>;
   alignas(64) float tile[kMaxRows * kTileWidth];
-  using Widened = WidenedOperand<Operand, X>;
+  using Widened = WidenedOperand<X, Operand::kStarts>;
   constexpr int kWidenedN = tile_n<Widened>(kTileM);
   constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take
   alignas(64) X wide[kWide];
