@@ -153,32 +153,10 @@ F32x16 widen_half(__m512i pair, bool odd) {
 
 #endif
 
-#if MTP_ISA_LEVEL >= 1
-inline __m256 widen(const float* in) { return _mm256_loadu_ps(in); }
-inline __m256 widen(const BF16* in) {
-  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
-inline __m256 widen(const F16* in) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
-}
-inline __m256 widen(const F8E4M3* in) {
-  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)));
-  const __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(0x7f));
-  const __m256i sign = _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(0x7f), b), 24);
-  // 2^120 moves the exponent bias from 7 to 127.
-  const __m256 f = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)),
-                                 _mm256_castsi256_ps(_mm256_set1_epi32(0x7b800000)));
-  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
-                                       _mm256_set1_epi32(0x7fc00000));
-  return _mm256_or_ps(f, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
-}
-#endif
-
 template <typename T>
 void widen8(const T* in, float* out) {
 #if MTP_ISA_LEVEL >= 1
-  _mm256_storeu_ps(out, widen(in));
+  _mm256_storeu_ps(out, load8(in));
 #else
   for (int i = 0; i < 8; ++i) out[i] = to_float(in[i]);
 #endif
@@ -213,7 +191,7 @@ template <bool pairs, typename T>
     for (int64_t d = 0; d < dim; d += 8) {
       // Pairs of keys four apart share a register: the last exchange of halves is a store.
       const auto half = [&](const T* a, const T* b, const T* c, const T* e, float* to) {
-        const __m256 x0 = widen(a + d), x1 = widen(b + d), x2 = widen(c + d), x3 = widen(e + d);
+        const __m256 x0 = load8(a + d), x1 = load8(b + d), x2 = load8(c + d), x3 = load8(e + d);
         const __m256 p0 = _mm256_unpacklo_ps(x0, x1), p1 = _mm256_unpackhi_ps(x0, x1);
         const __m256 p2 = _mm256_unpacklo_ps(x2, x3), p3 = _mm256_unpackhi_ps(x2, x3);
         const __m256 q0 = _mm256_shuffle_ps(p0, p2, 0x44), q1 = _mm256_shuffle_ps(p0, p2, 0xee);

@@ -116,6 +116,33 @@ inline void from_float(float x, F8E4M3* out) {
   out->bits = static_cast<uint8_t>(code | sign);
 }
 
+#if MTP_ISA_LEVEL >= 1
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load8(const BF16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline __m256 load8(const F16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256 load8(const int8_t* p) {
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
+}
+inline __m256 load8(const F8E4M3* p) {
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  // The sign, and below a gap the other bits where exponent and mantissa of an f32 meet.
+  const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(_mm256_slli_epi32(b, 24), 4),
+                                        _mm256_set1_epi32(static_cast<int>(0x87f00000u)));
+  // 2^120 moves the exponent bias from 7 to 127.
+  const __m256 f =
+      _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_castsi256_ps(_mm256_set1_epi32(0x7b800000)));
+  const __m256i ones = _mm256_set1_epi32(0x07f00000);
+  const __m256i nan = _mm256_cmpeq_epi32(_mm256_and_si256(bits, ones), ones);
+  return _mm256_or_ps(f, _mm256_castsi256_ps(nan));
+}
+#endif
+
 // ---- F32x16 ----------------------------------------------------------------------------------
 
 constexpr int kLanes = 16;
@@ -195,34 +222,9 @@ struct Mask16 {
 };
 
 inline F32x16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline __m256 load8(const BF16* p) {
-  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
-inline F32x16 load(const BF16* p) { return {load8(p), load8(p + 8)}; }
-inline F32x16 load(const F16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
-          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
-}
-inline F32x16 load(const int8_t* p) {
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
-}
-inline __m256 widen_e4m3(__m256i b) {
-  const __m256i magnitude = _mm256_and_si256(b, _mm256_set1_epi32(0x7f));
-  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(b, _mm256_set1_epi32(0x80)), 24);
-  const __m256 f = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)),
-                                 _mm256_castsi256_ps(_mm256_set1_epi32(0x7b800000)));
-  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
-                                       _mm256_set1_epi32(0x7fc00000));
-  return _mm256_or_ps(f, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
-}
-inline F32x16 load(const F8E4M3* p) {
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {widen_e4m3(_mm256_cvtepu8_epi32(b)),
-          widen_e4m3(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+template <typename T>
+F32x16 load(const T* p) {
+  return {load8(p), load8(p + 8)};
 }
 inline void store(float* p, F32x16 a) {
   _mm256_storeu_ps(p, a.lo);

@@ -129,7 +129,9 @@ template <int n, typename At>
 // kParts registers of weights (widen) and as many of activations (arrange). Elements are packed in
 // the order that is cheapest to widen. With kStarts a row's sums start from PackedRows::starts().
 // With kPanels long rows are multiplied in panels (dot_panels); bytes, which take longer to widen
-// than activations to load, only lose by it.
+// than activations to load, only lose by it. From kWidenFrom activation rows on, weight rows are
+// widened once for all of them (widen_rows), before that by each group anew. Rows that are kStreamed
+// come from memory and are asked for ahead.
 template <typename W, typename X>
 struct Operand;
 
@@ -137,9 +139,12 @@ template <typename W>
 struct Operand<W, float> {
   using Part = Reg;
   static constexpr int kParts = 2, kPartLanes = kRegLanes, kStep = 2 * kRegLanes;
-  static constexpr bool kJoint = false, kStarts = false, kPanels = true;
+  static constexpr bool kJoint = false, kStarts = false, kPanels = true, kStreamed = true;
+  static constexpr int kWidenFrom =
+      MTP_ISA_LEVEL == 1 && !std::is_same_v<W, F8E4M3> ? 5 * kTileM : 2 * kTileM;
 
   static Part load(const float* p) { return reg_load(p); }
+  static void store(float* p, Part a) { reg_store(p, a); }
   static Reg multiply_add(Part w, Part x, Reg acc) { return reg_fma(w, x, acc); }
 
   template <int h>
@@ -158,21 +163,6 @@ struct Operand<W, float> {
     return r;
 #endif
   }
-
-#if MTP_ISA_LEVEL == 1
-  static __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-  static __m256 load8(const F16* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static __m256 load8(const int8_t* p) {
-    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
-  }
-  static __m256 load8(const F8E4M3* p) {
-    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return widen_e4m3(_mm256_cvtepu8_epi32(b));
-  }
-#endif
 };
 
 #if MTP_ISA_LEVEL >= 1
@@ -215,9 +205,11 @@ template <>
 struct Operand<BF16, BF16> {
   using Part = __m512bh;
   static constexpr int kParts = 1, kPartLanes = 32, kStep = 32;
-  static constexpr bool kJoint = false, kStarts = false, kPanels = true;
+  static constexpr bool kJoint = false, kStarts = false, kPanels = true, kStreamed = true;
+  static constexpr int kWidenFrom = 2 * kTileM;
 
   static Part load(const BF16* p) { return reinterpret_cast<Part>(_mm512_loadu_si512(p)); }
+  static void store(BF16* p, Part a) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(a)); }
   static Reg multiply_add(Part w, Part x, Reg acc) { return _mm512_dpbf16_ps(acc, w, x); }
 
   template <int h>
@@ -399,7 +391,7 @@ class PackedRows {
       if constexpr (kInTiles<X>) {
         out = put_column(arranged, row - first, out);
       } else {
-        std::memcpy(out + (row - first) * Operand::kPartLanes, &arranged, sizeof(arranged));
+        Operand::store(out + (row - first) * Operand::kPartLanes, arranged);
         out += stride;
       }
       if constexpr (Operand::kStarts) {
@@ -550,7 +542,7 @@ template <typename Operand, int kM, int kN, bool first, bool last, typename W, t
   NextRows next(w + ahead * stride, stride, k);
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep, x += Operand::kParts * kM * Operand::kPartLanes) {
-    next.prefetch(kN * kStep * sizeof(W));
+    if constexpr (Operand::kStreamed) next.prefetch(kN * kStep * sizeof(W));
     tile_step<Operand, kM, kN>(w + i, stride, x, acc);
   }
   if (i < k) {
@@ -654,7 +646,7 @@ void dot_rows_rest(int rest, const W* w, int64_t stride, int64_t n, int64_t k, c
 // What widened rows are multiplied as. There are never enough of them for a panel.
 template <typename X, bool starts>
 struct WidenedOperand : Operand<X, X> {
-  static constexpr bool kStarts = starts, kPanels = false;
+  static constexpr bool kStarts = starts, kPanels = false, kStreamed = false;
 };
 
 // Weight rows widened once for many groups of activation rows: n rows in the order that PackedRows
@@ -672,7 +664,8 @@ void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
         parts[0] = Operand::template widen<0>(p);
         parts[1] = Operand::template widen<1>(p);
       }
-      std::memcpy(out, parts, sizeof(parts));
+      Operand::store(out, parts[0]);
+      Operand::store(out + Operand::kPartLanes, parts[1]);
       out += kStep;
     };
     int64_t i = 0;
@@ -740,7 +733,7 @@ template <typename Operand, int kR, int kG, typename W>
         parts[0] = Operand::load(row);
       }
       for (int h = 0; h < kParts; ++h) {
-        std::memcpy(staged[r][h] + j * 2 * kSide, &parts[h], sizeof(parts[h]));
+        Operand::store(staged[r][h] + j * 2 * kSide, parts[h]);
       }
     }
   };
@@ -869,8 +862,8 @@ void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
   constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take
   alignas(64) X wide[kWide];
   const int64_t full = x.rows() / kTileM * kTileM, length = x.length(x.k());
-  const bool widen =
-      Operand::kParts == 2 && !std::is_same_v<W, X> && full > kTileM && kWidenedN * length <= kWide;
+  const bool widen = Operand::kParts == 2 && !std::is_same_v<W, X> && full >= Operand::kWidenFrom &&
+                     kWidenedN * length <= kWide;
   const int tiles = in_chunks<Operand, X>(kTileM, x.k()) ? kPanelTiles : 1;
   const int64_t panel = widen ? kWidenedN : tiles * tile_n<Operand>(kTileM);
   const auto starts = [&](int64_t row) { return Operand::kStarts ? x.starts(row) : nullptr; };
