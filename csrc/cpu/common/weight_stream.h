@@ -130,8 +130,8 @@ template <int n, typename At>
 // the order that is cheapest to widen. With kStarts a row's sums start from PackedRows::starts().
 // With kPanels long rows are multiplied in panels (dot_panels); bytes, which take longer to widen
 // than activations to load, only lose by it. From kWidenFrom activation rows on, weight rows are
-// widened once for all of them (widen_rows), before that by each group anew. Rows that are kStreamed
-// come from memory and are asked for ahead.
+// widened once for all of them (widen_rows), before that by each group anew. kStreamed rows come
+// from memory and are asked for ahead.
 template <typename W, typename X>
 struct Operand;
 
