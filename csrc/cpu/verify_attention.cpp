@@ -9,6 +9,7 @@
 // A word is an f32, widened from whatever the cache holds, or, where the processor multiplies them,
 // a pair of bf16: two dims of a key, or one dim of two neighbouring keys' values. Then keys and
 // values stay bf16, and p is rounded to bf16 for the second product; its sum is not.
+// With AVX2 a bf16 cache comes in the same pairs, split into f32 in passing.
 //
 // With AMX nothing is transposed but p: sixteen keys as they lie in their page are one operand of
 // the first product and sixteen query rows the other, so scores come out as [key][row] and the
@@ -107,6 +108,13 @@ constexpr bool kPairs = MTP_ISA_LEVEL >= 3 && std::is_same_v<Q, BF16> &&
 template <typename Q, typename C>
 constexpr bool kInTiles = MTP_ISA_LEVEL >= 4 && kPairs<Q, C>;
 
+// AVX2 multiplies f32 but takes two bf16 of the cache at a time: a shift makes the first of a word
+// one, a mask the second.
+template <bool pairs, typename C>
+constexpr bool kHalves = MTP_ISA_LEVEL == 1 && !pairs && std::is_same_v<C, BF16>;
+template <bool pairs, typename C>
+constexpr int kWordDims = pairs || kHalves<pairs, C> ? 2 : 1;  // of a key, in a word
+
 template <bool pairs>
 F32x16 dot(F32x16 a, F32x16 b, F32x16 sum) {
 #if MTP_ISA_LEVEL >= 3
@@ -162,6 +170,39 @@ void widen8(const T* in, float* out) {
 #endif
 }
 
+#if MTP_ISA_LEVEL == 1
+
+inline __m256 first_halves(__m256 words) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(words), 16));
+}
+inline __m256 second_halves(__m256 words) {
+  return _mm256_and_ps(words,
+                       _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Eight words of a row, or four and zeros; or f32 widened from what the row holds.
+template <bool halves, typename T>
+__m256 load_words(const T* row, [[maybe_unused]] int64_t left) {
+  if constexpr (!halves) return load8(row);
+  const float* words = reinterpret_cast<const float*>(row);
+  return left >= 16 ? _mm256_loadu_ps(words) : _mm256_zextps128_ps256(_mm_loadu_ps(words));
+}
+
+#endif
+
+// A word of each of sixteen keys; where it has halves, half h.
+template <bool halves, int h>
+F32x16 key_word(const float* keys) {
+#if MTP_ISA_LEVEL == 1
+  if constexpr (halves) {
+    const __m256 lo = _mm256_loadu_ps(keys), hi = _mm256_loadu_ps(keys + 8);
+    if constexpr (h == 0) return {first_halves(lo), first_halves(hi)};
+    return {second_halves(lo), second_halves(hi)};
+  }
+#endif
+  return load(keys);
+}
+
 // Sixteen keys, from rows to out[word * kLanes + key]. Whole chunks of sixteen words are written.
 template <bool pairs, typename T>
 [[gnu::noinline]] void transpose_keys(const T* const* rows, int64_t dim, float* out) {
@@ -184,29 +225,29 @@ template <bool pairs, typename T>
     }
   }
 #elif MTP_ISA_LEVEL == 1
-  for (int first = 0; first < kLanes; first += 8, out += 8) {
-    const T *r0 = rows[first], *r1 = rows[first + 1], *r2 = rows[first + 2], *r3 = rows[first + 3];
-    const T *r4 = rows[first + 4], *r5 = rows[first + 5];
-    const T *r6 = rows[first + 6], *r7 = rows[first + 7];
-    for (int64_t d = 0; d < dim; d += 8) {
+  constexpr bool halves = kHalves<pairs, T>;
+  constexpr int kDims = kWordDims<pairs, T>;
+  for (int first = 0; first < kLanes; first += 8) {
+    const T* const* row = rows + first;
+    float* to = out + first;
+    for (int64_t d = 0; d < dim; d += 8 * kDims, to += 8 * kLanes) {
       // Pairs of keys four apart share a register: the last exchange of halves is a store.
-      const auto half = [&](const T* a, const T* b, const T* c, const T* e, float* to) {
-        const __m256 x0 = load8(a + d), x1 = load8(b + d), x2 = load8(c + d), x3 = load8(e + d);
-        const __m256 p0 = _mm256_unpacklo_ps(x0, x1), p1 = _mm256_unpackhi_ps(x0, x1);
-        const __m256 p2 = _mm256_unpacklo_ps(x2, x3), p3 = _mm256_unpackhi_ps(x2, x3);
-        const __m256 q0 = _mm256_shuffle_ps(p0, p2, 0x44), q1 = _mm256_shuffle_ps(p0, p2, 0xee);
-        const __m256 q2 = _mm256_shuffle_ps(p1, p3, 0x44), q3 = _mm256_shuffle_ps(p1, p3, 0xee);
-        _mm_storeu_ps(to, _mm256_castps256_ps128(q0));
-        _mm_storeu_ps(to + kLanes, _mm256_castps256_ps128(q1));
-        _mm_storeu_ps(to + 2 * kLanes, _mm256_castps256_ps128(q2));
-        _mm_storeu_ps(to + 3 * kLanes, _mm256_castps256_ps128(q3));
-        _mm_storeu_ps(to + 4 * kLanes, _mm256_extractf128_ps(q0, 1));
-        _mm_storeu_ps(to + 5 * kLanes, _mm256_extractf128_ps(q1, 1));
-        _mm_storeu_ps(to + 6 * kLanes, _mm256_extractf128_ps(q2, 1));
-        _mm_storeu_ps(to + 7 * kLanes, _mm256_extractf128_ps(q3, 1));
+      const auto half = [&](int i) {
+        __m256 x[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) x[j] = load_words<halves>(row[i + j] + d, dim - d);
+        const __m256 p0 = _mm256_unpacklo_ps(x[0], x[1]), p1 = _mm256_unpackhi_ps(x[0], x[1]);
+        const __m256 p2 = _mm256_unpacklo_ps(x[2], x[3]), p3 = _mm256_unpackhi_ps(x[2], x[3]);
+        const __m256 q[4] = {_mm256_shuffle_ps(p0, p2, 0x44), _mm256_shuffle_ps(p0, p2, 0xee),
+                             _mm256_shuffle_ps(p1, p3, 0x44), _mm256_shuffle_ps(p1, p3, 0xee)};
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          _mm_storeu_ps(to + j * kLanes + i, _mm256_castps256_ps128(q[j]));
+          _mm_storeu_ps(to + (j + 4) * kLanes + i, _mm256_extractf128_ps(q[j], 1));
+        }
       };
-      half(r0, r1, r2, r3, out + d * kLanes);
-      half(r4, r5, r6, r7, out + d * kLanes + 4);
+      half(0);
+      half(4);
     }
   }
 #else
@@ -222,7 +263,12 @@ void widen_row(const In* in, int64_t dim, int64_t padded, float* out) {
   for (int64_t d = 0; d < dim; d += 8) widen8(in + d, out + d);
   std::fill(out + dim, out + padded, 0.0f);
 }
-#if MTP_ISA_LEVEL >= 3
+#if MTP_ISA_LEVEL == 1
+inline void widen_row(const BF16* in, int64_t dim, int64_t padded, BF16* out) {
+  std::memcpy(out, in, dim * sizeof(BF16));
+  std::fill(out + dim, out + padded, BF16{});
+}
+#elif MTP_ISA_LEVEL >= 3
 template <typename In>
 void widen_row(const In* in, int64_t dim, int64_t padded, BF16* out) {
   for (int64_t d = 0; d < padded; d += 2 * kLanes) {
@@ -256,18 +302,20 @@ struct Ahead {
   int first, every;  // of a block's steps
 };
 
-// scores[r][key] = q[r] . key, over ascending words.
+// scores[r][key] = q[r] . key, over ascending dims. q's rows have no halves.
 template <bool pairs, int R, int W, typename T>
 void score_block(const float* q, const float* keys, int64_t words, int64_t panel, Ahead<T> ahead,
                  float* scores) {
   constexpr int kLine = 64 / sizeof(T);
+  constexpr bool halves = kHalves<pairs, T>;
+  constexpr int kSteps = halves ? 2 : 1;  // per word
   F32x16 sum[R][W];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) sum[r][w] = zero();
   }
-  const int64_t asks = ceil_div<int64_t>(pairs ? 2 * words : words, kLine) * kLanes;
+  const int64_t asks = ceil_div<int64_t>(words * kWordDims<pairs, T>, kLine) * kLanes;
   int64_t due = ahead.first;
   for (int64_t i = 0; i < words; ++i) {
     if (i == due && i < asks) {
@@ -276,15 +324,19 @@ void score_block(const float* q, const float* keys, int64_t words, int64_t panel
         prefetch(ahead.rows[w * kLanes + i % kLanes] + i / kLanes * kLine);
       }
     }
-    F32x16 key[W];
+    const auto step = [&]<int h>() __attribute__((always_inline)) {
+      F32x16 key[W];
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) key[w] = load(keys + w * panel + i * kLanes);
+      for (int w = 0; w < W; ++w) key[w] = key_word<halves, h>(keys + w * panel + i * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const F32x16 x = broadcast(q[r * words + i]);
+      for (int r = 0; r < R; ++r) {
+        const F32x16 x = broadcast(q[(r * words + i) * kSteps + h]);
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, key[w], sum[r][w]);
-    }
+        for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, key[w], sum[r][w]);
+      }
+    };
+    step.template operator()<0>();
+    if constexpr (halves) step.template operator()<1>();
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -307,7 +359,8 @@ void score_rows(const float* q, const float* keys, int64_t words, int64_t panel,
 }
 
 // Sixteen dims of a key's value or, for pairs, of two keys': then a pair of registers holds dims
-// 0-3, 8-11, 16-19, 24-27 and the others of 32.
+// 0-3, 8-11, 16-19, 24-27 and the others of 32. Of halves one register of sixteen dims holds the
+// even ones, then the odd.
 template <bool pairs, int W, typename T>
 struct ValueWords {
   ValueWords(const T* const* rows, int64_t d, [[maybe_unused]] int64_t dim) : rows_(rows), d_(d) {
@@ -341,7 +394,16 @@ struct ValueWords {
 #endif
     const T* row = rows_[step] + d_;
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) value[w] = load(row + w * kLanes);
+    for (int w = 0; w < W; ++w) {
+#if MTP_ISA_LEVEL == 1
+      if constexpr (kHalves<pairs, T>) {
+        const float* words = reinterpret_cast<const float*>(row + w * kLanes);
+        value[w] = {first_halves(_mm256_loadu_ps(words)), second_halves(_mm256_loadu_ps(words))};
+        continue;
+      }
+#endif
+      value[w] = load(row + w * kLanes);
+    }
   }
 
   const T* const* rows_;
@@ -463,7 +525,7 @@ float exp2_of(float x) {  // for x <= 0
 
 template <typename Q, typename C>
 struct alignas(64) Scratch {
-  using Wide = std::conditional_t<kPairs<Q, C>, BF16, float>;
+  using Wide = std::conditional_t<kWordDims<kPairs<Q, C>, C> == 2, BF16, float>;
   // With tiles the rows of a head are filled up to sixteen and its dims to 32, which can make an
   // item's queries, else kState elements or one head's kRows rows, up to 16 kState words.
   static constexpr int kPadded = kInTiles<Q, C> ? 2 * kRows : kRows;
@@ -488,6 +550,7 @@ template <typename Q, typename C>
 class Item {
   using Wide = typename Scratch<Q, C>::Wide;
   static constexpr bool pairs = kPairs<Q, C>, tiles = kInTiles<Q, C>;
+  static constexpr bool halves = kHalves<pairs, C>;
 
  public:
   // KV heads [head, head_end) of request b, whose tokens are `tokens`.
@@ -689,7 +752,7 @@ class Item {
       p_.lse[at] = sum == 0.0f ? -kInfinity : max * kLn2 + std::log(sum);
       const F32x16 factor = broadcast(sum == 0.0f ? 0.0f : keep / sum * v_scale(h));
       float* total = s_.total_out + row * stride_;
-      if constexpr (pairs) restore_order(total);
+      if constexpr (pairs || halves) restore_order(total);
       for (int64_t d = 0; d < dim_; d += kLanes) {
         store_partial(out + at * dim_ + d, load(total + d) * factor, dim_ - d);
       }
@@ -705,6 +768,12 @@ class Item {
       const __m512 a = load(row + d).v, b = load(row + d + kLanes).v;
       store(row + d, {_mm512_permutex2var_ps(a, low, b)});
       store(row + d + kLanes, {_mm512_permutex2var_ps(a, high, b)});
+    }
+#elif MTP_ISA_LEVEL == 1
+    for (int64_t d = 0; d < stride_; d += kLanes) {
+      const F32x16 x = load(row + d);
+      const __m256 a = _mm256_unpacklo_ps(x.lo, x.hi), b = _mm256_unpackhi_ps(x.lo, x.hi);
+      store(row + d, {_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)});
     }
 #endif
   }
@@ -854,20 +923,22 @@ class Item {
   }
 
   void attend_head(int h, Seen seen, int end, Rows& rows, const Rows& next) {
-    const int64_t panel = words_of(round_up(dim_, kLanes * (pairs ? 2 : 1))) * kLanes;
+    constexpr int kDims = kWordDims<pairs, C>;
+    const int64_t panel = round_up(dim_, kLanes * kDims) / kDims * kLanes;
     const int panels = ceil_div(end, kLanes);
     for (int i = 0; i < panels; ++i) {
       transpose_keys<pairs>(rows.keys + i * kLanes, dim_, s_.keys + i * panel);
     }
     for_row_blocks(rows_, [&](int r, auto count, int block, int blocks) {
-      score_rows<pairs, count>(s_.q + (h * rows_ + r) * words_, s_.keys, words_, panel, panels,
-                               Ahead<C>{next.keys, block, blocks}, s_.p + r * kTile);
+      score_rows<pairs, count>(s_.q + (h * rows_ + r) * words_, s_.keys, dim_ / kDims, panel,
+                               panels, Ahead<C>{next.keys, block, blocks}, s_.p + r * kTile);
     });
     update_softmax(h, ceil_div(panels, 2) * 2, seen.all == ~KeyBits{0});
 
     clear_unseen(seen, rows);
     // One block of rows reads each value once, so widening in passing is cheaper.
-    if (pairs ? std::is_same_v<C, Wide> : rows_ <= kBlockRows && stride_ == dim_) {
+    const bool in_place = std::is_same_v<C, Wide> || (!pairs && rows_ <= kBlockRows);
+    if (in_place && (pairs || stride_ == dim_)) {
       return add_values<C>(h, rows.values, next.values, seen, end);
     }
     const Wide* wide_rows[kTile];
