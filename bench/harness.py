@@ -553,12 +553,16 @@ def saved(path: str) -> dict:
 
 def writable(path: str) -> Path:
     """Known before anything is measured, since that takes minutes."""
+    file = Path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).touch()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        file.touch()
+        if is_new:
+            file.unlink()
     except OSError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(path)
+    return file
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -140,8 +140,7 @@ struct Operand<W, float> {
   using Part = Reg;
   static constexpr int kParts = 2, kPartLanes = kRegLanes, kStep = 2 * kRegLanes;
   static constexpr bool kJoint = false, kStarts = false, kPanels = true, kStreamed = true;
-  static constexpr int kWidenFrom =
-      MTP_ISA_LEVEL == 1 && !std::is_same_v<W, F8E4M3> ? 5 * kTileM : 2 * kTileM;
+  static constexpr int kWidenFrom = (MTP_ISA_LEVEL == 1 ? 5 : 2) * kTileM;
 
   static Part load(const float* p) { return reg_load(p); }
   static void store(float* p, Part a) { reg_store(p, a); }
@@ -195,6 +194,28 @@ struct Operand<BF16, float> : Operand<float, float> {
     const __m256i low = h == 0 ? pairs : _mm256_srli_epi32(pairs, 16);
     return _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
 #endif
+  }
+};
+#endif
+
+#if MTP_ISA_LEVEL == 1
+// Sixteen bytes as what is almost bf16, which is widened as such and scaled: sign, a gap, and the
+// other bits where exponent and mantissa meet, so that 2^120 moves the bias from 7 to 127.
+template <>
+struct Operand<F8E4M3, float> : Operand<BF16, float> {
+  static constexpr bool kJoint = true;
+  static constexpr int kWidenFrom = 2 * kTileM;
+
+  static void widen(const F8E4M3* p, Part (&out)[2]) {
+    const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    __m256i x = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(b, 8), 4),
+                                 _mm256_set1_epi16(static_cast<int16_t>(0x87f0)));
+    const __m256i nan = _mm256_set1_epi16(0x07f0);
+    x = _mm256_or_si256(x, _mm256_cmpeq_epi16(_mm256_and_si256(x, nan), nan));
+    const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(0x7b800000));
+    const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    out[0] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), scale);
+    out[1] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(x, odd)), scale);
   }
 };
 #endif
@@ -575,7 +596,7 @@ template <typename Operand, int kM, int kN, bool first, bool last, typename W, t
 // A table and both parts of a widened weight take registers from the accumulators.
 template <typename Operand>
 constexpr int tile_n(int m) {
-  const int accumulators = Operand::kJoint ? 16 : kAccumulators;
+  constexpr int accumulators = kAccumulators * (Operand::kJoint ? 2 : 3) / 3;
   for (int n : {6, 4, 3, 2}) {
     if (n * m <= accumulators && kTileWidth % n == 0) return n;
   }
