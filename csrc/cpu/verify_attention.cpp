@@ -16,8 +16,9 @@
 // softmax has a query row in every lane. The second product takes p as [row][key].
 //
 // Memory: an item takes several KV heads of a request and goes through them tile by tile, since
-// with NHD their rows are neighbours. The rows of the next head or tile are asked for in small
-// portions while this one is multiplied; in one go they would fill the queue and stall.
+// with NHD their rows are neighbours. The rows of the next tile are asked for in the order of
+// memory and in small portions while this one is multiplied; in one go they would fill the queue
+// and stall.
 //
 // Tiles and splits of 1024 keys start at absolute multiples, a split's sums start from zero, and
 // splits are merged in ascending order whether one thread walks them all or many take one each.
@@ -27,6 +28,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <utility>
 
@@ -49,10 +51,10 @@ constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 using KeyBits = uint32_t;  // one per key of a tile
 
-// Register blocks: with 16 ymm registers, six rows by one 16-lane vector or three by two; with 32
+// Register blocks: with 16 ymm registers, six rows by one 16-lane vector or two by two; with 32
 // zmm registers, six rows by four.
 constexpr int kBlockRows = 6;
-constexpr int wide(int rows) { return MTP_ISA_LEVEL >= 2 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int wide(int rows) { return MTP_ISA_LEVEL >= 2 ? 4 : rows <= 2 ? 2 : 1; }
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
@@ -293,20 +295,50 @@ template <bool first_level = false, typename T>
   for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) prefetch<first_level>(row + d);
 }
 
-// The rows of the next tile. Each block of rows asks for its share of them while it multiplies, so
-// that requests are spread over the time that the tile takes: a burst would stall.
-constexpr int kNever = 1 << 30;
+// Later rows, asked for in small portions while this tile is multiplied: a burst would stall.
+constexpr int kPiece = 8;  // steps of a product between two portions
 template <typename T>
-struct Ahead {
-  const T* const* rows;
-  int first, every;  // of a block's steps
+class Ahead {
+ public:
+  // `count` rows, so many elements of each from `offset` on, in so many portions.
+  Ahead(const T* const* rows, int count, int64_t offset, int64_t elements, int64_t portions)
+      : row_(rows),
+        end_(rows + count),
+        offset_(offset),
+        bytes_(elements * sizeof(T)),
+        portions_(portions),
+        parts_(count * ceil_div(bytes_, kPart)) {}
+  ~Ahead() {
+    while (row_ != end_) ask();
+  }
+  Ahead(const Ahead&) = delete;
+
+  [[gnu::always_inline]] void portion() {
+    for (due_ += parts_; due_ >= portions_ && row_ != end_; due_ -= portions_) ask();
+  }
+
+ private:
+  static constexpr int64_t kPart = 512;
+
+  void ask() {
+    const char* from = reinterpret_cast<const char*>(*row_ + offset_) + done_;
+    const char* to = from + std::min(kPart, bytes_ - done_);
+    for (; from < to; from += 64) prefetch(from);
+    done_ += kPart;
+    if (done_ < bytes_) return;
+    done_ = 0;
+    ++row_;
+  }
+
+  const T* const* row_;
+  const T* const* end_;
+  int64_t offset_, bytes_, portions_, parts_, due_ = 0, done_ = 0;
 };
 
 // scores[r][key] = q[r] . key, over ascending dims. q's rows have no halves.
 template <bool pairs, int R, int W, typename T>
-void score_block(const float* q, const float* keys, int64_t words, int64_t panel, Ahead<T> ahead,
-                 float* scores) {
-  constexpr int kLine = 64 / sizeof(T);
+[[gnu::noinline]] void score_block(const float* q, const float* keys, int64_t words, int64_t panel,
+                                   Ahead<T>& ahead, float* scores) {
   constexpr bool halves = kHalves<pairs, T>;
   constexpr int kSteps = halves ? 2 : 1;  // per word
   F32x16 sum[R][W];
@@ -315,28 +347,24 @@ void score_block(const float* q, const float* keys, int64_t words, int64_t panel
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) sum[r][w] = zero();
   }
-  const int64_t asks = ceil_div<int64_t>(words * kWordDims<pairs, T>, kLine) * kLanes;
-  int64_t due = ahead.first;
-  for (int64_t i = 0; i < words; ++i) {
-    if (i == due && i < asks) {
-      due += ahead.every;
-      for (int w = 0; w < W; ++w) {
-        prefetch(ahead.rows[w * kLanes + i % kLanes] + i / kLanes * kLine);
-      }
+  const auto step = [&]<int h>(int64_t i) __attribute__((always_inline)) {
+    F32x16 key[W];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) key[w] = key_word<halves, h>(keys + w * panel + i * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F32x16 x = broadcast(q[(r * words + i) * kSteps + h]);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, key[w], sum[r][w]);
     }
-    const auto step = [&]<int h>() __attribute__((always_inline)) {
-      F32x16 key[W];
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) key[w] = key_word<halves, h>(keys + w * panel + i * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const F32x16 x = broadcast(q[(r * words + i) * kSteps + h]);
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, key[w], sum[r][w]);
-      }
-    };
-    step.template operator()<0>();
-    if constexpr (halves) step.template operator()<1>();
+  };
+  for (int64_t from = 0; from < words; from += kPiece) {
+    ahead.portion();
+    const int64_t to = std::min<int64_t>(from + kPiece, words);
+    for (int64_t i = from; i < to; ++i) {
+      step.template operator()<0>(i);
+      if constexpr (halves) step.template operator()<1>(i);
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -347,13 +375,13 @@ void score_block(const float* q, const float* keys, int64_t words, int64_t panel
 
 template <bool pairs, int R, typename T>
 void score_rows(const float* q, const float* keys, int64_t words, int64_t panel, int panels,
-                Ahead<T> ahead, float* scores) {
+                Ahead<T>& ahead, float* scores) {
   constexpr int W = std::min(wide(R), kPanels);
   int i = 0;
-  for (; i + W <= panels; i += W, ahead.rows += W * kLanes) {
+  for (; i + W <= panels; i += W) {
     score_block<pairs, R, W>(q, keys + i * panel, words, panel, ahead, scores + i * kLanes);
   }
-  for (; i < panels; ++i, ahead.rows += kLanes) {
+  for (; i < panels; ++i) {
     score_block<pairs, R, 1>(q, keys + i * panel, words, panel, ahead, scores + i * kLanes);
   }
 }
@@ -367,15 +395,6 @@ struct ValueWords {
 #if MTP_ISA_LEVEL >= 3
     for (int w = 0; pairs && w < W; w += 2) mask_[w / 2] = first_elements(dim - d - w * kLanes);
 #endif
-  }
-
-  [[gnu::always_inline]] void prefetch_step(const T* const* next, int step) const {
-    constexpr int kKeys = pairs ? 2 : 1, kLine = 64 / sizeof(T);
-#pragma GCC unroll 8
-    for (int key = 0; key < kKeys; ++key) {
-#pragma GCC unroll 8
-      for (int i = 0; i < W * kLanes; i += kLine) prefetch(next[step * kKeys + key] + d_ + i);
-    }
   }
 
   void load_step(int step, F32x16 value[W]) const {
@@ -414,9 +433,9 @@ struct ValueWords {
 };
 
 // out[r] = out[r] * keep[r] + sum over ascending keys of p[r][key] * value[key], from dim d.
-template <bool pairs, int R, int W, typename T>
-void value_block(const float* p, const float* keep, const T* const* rows, Ahead<T> ahead, int steps,
-                 int64_t d, int64_t dim, int64_t stride, float* out) {
+template <bool pairs, int R, int W, typename T, typename C>
+void value_block(const float* p, const float* keep, const T* const* rows, Ahead<C>& ahead,
+                 int steps, int64_t d, int64_t dim, int64_t stride, float* out) {
   const ValueWords<pairs, W, T> values(rows, d, dim);
   out += d;
   F32x16 sum[R][W];
@@ -427,19 +446,17 @@ void value_block(const float* p, const float* keep, const T* const* rows, Ahead<
       sum[r][w] = load(out + r * stride + w * kLanes) * broadcast(keep[r]);
     }
   }
-  int due = ahead.first;
-  for (int step = 0; step < steps; ++step) {
-    if (step == due) {
-      due += ahead.every;
-      values.prefetch_step(ahead.rows, step);
-    }
-    F32x16 value[W];
-    values.load_step(step, value);
+  for (int from = 0; from < steps; from += kPiece) {
+    ahead.portion();
+    for (int step = from; step < std::min(from + kPiece, steps); ++step) {
+      F32x16 value[W];
+      values.load_step(step, value);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const F32x16 x = broadcast(p[r * kTile + step]);
+      for (int r = 0; r < R; ++r) {
+        const F32x16 x = broadcast(p[r * kTile + step]);
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, value[w], sum[r][w]);
+        for (int w = 0; w < W; ++w) sum[r][w] = dot<pairs>(x, value[w], sum[r][w]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -449,8 +466,8 @@ void value_block(const float* p, const float* keep, const T* const* rows, Ahead<
   }
 }
 
-template <bool pairs, int R, typename T>
-void value_rows(const float* p, const float* keep, const T* const* rows, Ahead<T> ahead, int steps,
+template <bool pairs, int R, typename T, typename C>
+void value_rows(const float* p, const float* keep, const T* const* rows, Ahead<C>& ahead, int steps,
                 int64_t dim, int64_t stride, float* out) {
   constexpr int W = wide(R), kLeast = pairs ? 2 : 1;
   int64_t d = 0;
@@ -462,8 +479,7 @@ void value_rows(const float* p, const float* keep, const T* const* rows, Ahead<T
   }
 }
 
-// Calls body(first row, constant row count, block, blocks) on near-equal blocks of at most
-// kBlockRows.
+// Calls body(first row, constant row count) on near-equal blocks of at most kBlockRows.
 template <typename Body>
 void for_row_blocks(int rows, const Body& body) {
   const int blocks = ceil_div(rows, kBlockRows);
@@ -471,22 +487,22 @@ void for_row_blocks(int rows, const Body& body) {
     const int count = rows * (i + 1) / blocks - first;
     switch (count) {
       case 1:
-        body(first, std::integral_constant<int, 1>{}, i, blocks);
+        body(first, std::integral_constant<int, 1>{});
         break;
       case 2:
-        body(first, std::integral_constant<int, 2>{}, i, blocks);
+        body(first, std::integral_constant<int, 2>{});
         break;
       case 3:
-        body(first, std::integral_constant<int, 3>{}, i, blocks);
+        body(first, std::integral_constant<int, 3>{});
         break;
       case 4:
-        body(first, std::integral_constant<int, 4>{}, i, blocks);
+        body(first, std::integral_constant<int, 4>{});
         break;
       case 5:
-        body(first, std::integral_constant<int, 5>{}, i, blocks);
+        body(first, std::integral_constant<int, 5>{});
         break;
       default:
-        body(first, std::integral_constant<int, 6>{}, i, blocks);
+        body(first, std::integral_constant<int, 6>{});
     }
     first += count;
   }
@@ -795,9 +811,8 @@ class Item {
     KeyBits valid;  // those that exist
   };
 
-  // Finds the rows of the tile at `start` and head h, which are attended to next.
-  void find_rows(int64_t start, int h) {
-    Rows& rows = rows_of_[turn_ ^ 1];
+  // Finds the rows of the tile at `start` and head h.
+  void find_rows(int64_t start, int h, Rows& rows) {
     const int64_t page_size = a_.table.page_size;
     const int64_t end = std::min<int64_t>(kTile, end_ - start);
     rows.valid = 0;
@@ -836,11 +851,43 @@ class Item {
     }
   }
 
-  [[gnu::always_inline]] void find_first_rows(int64_t split) {
-    find_rows(first_tile(split), 0);
-    const Rows& rows = rows_of_[turn_ ^ 1];
-    for (int j = 0; j < kTile; ++j) prefetch_row(rows.keys[j], dim_);
-    for (int j = 0; j < kTile; ++j) prefetch_row(rows.values[j], dim_);
+  // The rows of the tile at `start` and head h, from those of the head before.
+  void next_head(const Rows& last, int64_t start, int h, Rows& rows) {
+    if (last.valid != ~KeyBits{0} || start + kTile > length_) return find_rows(start, h, rows);
+    rows.valid = last.valid;
+    for (int j = 0; j < kTile; ++j) {
+      rows.keys[j] = last.keys[j] + a_.k_cache.head_stride;
+      rows.values[j] = last.values[j] + a_.v_cache.head_stride;
+    }
+  }
+
+  void find_first_rows(int64_t split) {
+    Rows& rows = rows_of_[turn_ ^ 1];
+    find_rows(first_tile(split), 0, rows);
+    for (int h = 0; h < heads_; ++h) ahead_of(rows, h, 1);
+  }
+
+  // What to ask for while head h is attended to: its share of a tile whose rows of the first head
+  // are `rows`. In the order of memory: where the heads of a slot are neighbours, some slots of all
+  // heads, which come a third faster than all slots of one head.
+  Ahead<C> ahead_of(const Rows& rows, int h, int64_t portions) const {
+    static_assert(offsetof(Rows, values) == sizeof(rows.keys));
+    if (a_.k_cache.head_stride != dim_) {
+      return {rows.keys, 2 * kTile, h * a_.k_cache.head_stride, dim_, portions};
+    }
+    const int first = 2 * kTile * h / heads_, last = 2 * kTile * (h + 1) / heads_;
+    return {rows.keys + first, last - first, 0, heads_ * dim_, portions};
+  }
+
+  // How many times both products ask, for one head.
+  int64_t portions(int panels, int end) const {
+    const int blocks = ceil_div(rows_, kBlockRows), at_once = wide(ceil_div(rows_, blocks));
+    const int64_t words = dim_ / kWordDims<pairs, C>;
+    const int64_t in_scores =
+        ceil_div(panels, std::min(at_once, kPanels)) * ceil_div<int64_t>(words, kPiece);
+    const int64_t in_values = ceil_div<int64_t>(stride_, at_once * kLanes) *
+                              ceil_div(ceil_div(end, pairs ? 2 : 1), kPiece);
+    return blocks * (in_scores + in_values);
   }
 
   // New rows of an e4m3 cache are seen as stored: quantised here, into the scratch.
@@ -908,30 +955,38 @@ class Item {
   void attend_tile(int64_t start, int64_t stop) {
     [[maybe_unused]] const int end = static_cast<int>(std::min<int64_t>(kTile, end_ - start));
     const Seen seen = find_seen(start, rows_of_[turn_ ^ 1].valid);
+    const bool last_tile = start + kTile >= stop;
+    if (!last_tile) find_rows(start + kTile, 0, coming_);
     for (int h = 0; h < heads_; ++h) {
       turn_ ^= 1;
-      const bool same_tile = h + 1 < heads_, more = same_tile || start + kTile < stop;
-      if (more) find_rows(same_tile ? start : start + kTile, same_tile ? h + 1 : 0);
+      Rows& rows = rows_of_[turn_];
+      const bool same_tile = h + 1 < heads_, more = same_tile || !last_tile;
+      if (same_tile) {
+        next_head(rows, start, h + 1, rows_of_[turn_ ^ 1]);
+      } else if (more) {
+        rows_of_[turn_ ^ 1] = coming_;
+      }
       if (start + kTile > length_) encode_new_rows(start, h);
-      const Rows& next = rows_of_[more ? turn_ ^ 1 : turn_];
       if constexpr (tiles) {
-        this->attend_head_tiles(h, seen, rows_of_[turn_], next);
+        this->attend_head_tiles(h, seen, rows, more ? rows_of_[turn_ ^ 1] : rows);
       } else {
-        attend_head(h, seen, end, rows_of_[turn_], next);
+        attend_head(h, seen, end, rows, last_tile ? nullptr : &coming_);
       }
     }
   }
 
-  void attend_head(int h, Seen seen, int end, Rows& rows, const Rows& next) {
+  void attend_head(int h, Seen seen, int end, Rows& rows, const Rows* coming) {
     constexpr int kDims = kWordDims<pairs, C>;
     const int64_t panel = round_up(dim_, kLanes * kDims) / kDims * kLanes;
     const int panels = ceil_div(end, kLanes);
+    Ahead<C> ahead =
+        coming ? ahead_of(*coming, h, portions(panels, end)) : Ahead<C>(nullptr, 0, 0, 0, 1);
     for (int i = 0; i < panels; ++i) {
       transpose_keys<pairs>(rows.keys + i * kLanes, dim_, s_.keys + i * panel);
     }
-    for_row_blocks(rows_, [&](int r, auto count, int block, int blocks) {
+    for_row_blocks(rows_, [&](int r, auto count) {
       score_rows<pairs, count>(s_.q + (h * rows_ + r) * words_, s_.keys, dim_ / kDims, panel,
-                               panels, Ahead<C>{next.keys, block, blocks}, s_.p + r * kTile);
+                               panels, ahead, s_.p + r * kTile);
     });
     update_softmax(h, ceil_div(panels, 2) * 2, seen.all == ~KeyBits{0});
 
@@ -939,15 +994,14 @@ class Item {
     // One block of rows reads each value once, so widening in passing is cheaper.
     const bool in_place = std::is_same_v<C, Wide> || (!pairs && rows_ <= kBlockRows);
     if (in_place && (pairs || stride_ == dim_)) {
-      return add_values<C>(h, rows.values, next.values, seen, end);
+      return add_values<C>(h, rows.values, seen, end, ahead);
     }
     const Wide* wide_rows[kTile];
     for (int j = 0; j < kTile; ++j) {
-      prefetch_row(next.values[j], dim_);
       wide_rows[j] = s_.values + j * stride_;
       if (j < round_up(end, 2)) widen_row(rows.values[j], dim_, stride_, s_.values + j * stride_);
     }
-    add_values<Wide>(h, wide_rows, nullptr, seen, end);
+    add_values<Wide>(h, wide_rows, seen, end, ahead);
   }
 
   void clear_unseen(Seen seen, Rows& rows) const {
@@ -972,23 +1026,22 @@ class Item {
   }
 
   template <typename T>
-  void add_values(int h, const T* const* rows, const T* const* next, Seen seen, int end) {
+  void add_values(int h, const T* const* rows, Seen seen, int end, Ahead<C>& ahead) {
     const int steps = pairs ? ceil_div(end, 2) : end;
     float* out = s_.out + h * rows_ * stride_;
     const float* keep = s_.keep;
     if (sees_finite(rows, seen)) {
-      for_row_blocks(rows_, [&](int r, auto count, int block, int blocks) {
-        value_rows<pairs, count>(s_.p + r * kTile, keep + r, rows,
-                                 Ahead<T>{next, next ? block : kNever, blocks}, steps, dim_,
-                                 stride_, out + r * stride_);
+      for_row_blocks(rows_, [&](int r, auto count) {
+        value_rows<pairs, count>(s_.p + r * kTile, keep + r, rows, ahead, steps, dim_, stride_,
+                                 out + r * stride_);
       });
       return;
     }
     for (int r = 0; r < rows_; ++r) {
       const T* own[kTile];
       own_rows(r, rows, own);
-      value_rows<pairs, 1, T>(s_.p + r * kTile, keep + r, own, Ahead<T>{nullptr, kNever, 1}, steps,
-                              dim_, stride_, out + r * stride_);
+      value_rows<pairs, 1, T>(s_.p + r * kTile, keep + r, own, ahead, steps, dim_, stride_,
+                              out + r * stride_);
     }
   }
 
@@ -1234,6 +1287,7 @@ class Item {
   int heads_, rows_, max_stride_, out_rows_ = 0;
   int turn_ = 0;
   Rows rows_of_[2];  // of this turn and the next
+  Rows coming_;      // of the next tile's first head
 };
 
 // Rows that belong to no request, or lie behind max_q_len, or before the first request.
