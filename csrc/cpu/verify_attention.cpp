@@ -308,6 +308,7 @@ class Ahead {
         bytes_(elements * sizeof(T)),
         portions_(portions),
         parts_(count * ceil_div(bytes_, kPart)) {}
+  // Asks for what is left.
   ~Ahead() {
     while (row_ != end_) ask();
   }
@@ -864,7 +865,7 @@ class Item {
   void find_first_rows(int64_t split) {
     Rows& rows = rows_of_[turn_ ^ 1];
     find_rows(first_tile(split), 0, rows);
-    for (int h = 0; h < heads_; ++h) ahead_of(rows, h, 1);
+    for (int h = 0; h < heads_; ++h) ahead_of(rows, h, 1);  // all at once, as it ends
   }
 
   // What to ask for while head h is attended to: its share of a tile whose rows of the first head
