@@ -84,7 +84,7 @@ def test_special_weights_of_e4m3(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_rows_are_independent(backend, dtype, weight_dtype):
     """A row's bits depend neither on how many rows there are nor on where it stands; long rows are
     read in parts, whose length depends on the number of rows."""

@@ -458,8 +458,8 @@ class PackedRows {
 class NextRows {
  public:
   static constexpr int64_t kAhead = 8192;
-  // So many bytes of a row the hardware follows better by itself: on Zen 3, by 8 to 48%. On Zen 4,
-  // with AVX-512, no number of them.
+  // Rows of so many bytes the hardware follows better by itself, on Zen 3 by 8 to 48%. On Zen 4,
+  // with AVX-512, they reach 98% of reading as they are.
   static constexpr int64_t kFollowed = MTP_ISA_LEVEL == 1 ? 8192 : 0;
 
   // From row w on, of which k elements are read.
