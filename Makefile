@@ -21,8 +21,9 @@ build: | install
 demo: build
 	$(PYTHON) -m mtp_ext demo $(ARGS)
 
+# Most of the tests' time goes to the simulator, which takes one core.
 test: build
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 bench: build
 	$(PYTHON) -m mtp_ext bench $(ARGS)

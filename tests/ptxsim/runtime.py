@@ -292,9 +292,9 @@ def _cuda_include() -> Path:
 
 
 @contextlib.contextmanager
-def _build_lock() -> Iterator[None]:
+def _build_lock(name: str) -> Iterator[None]:
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -320,7 +320,7 @@ def _built(name: str, inputs: bytes, command: Any, what: str) -> Path:
     """build/ptxsim/<name>-<hash of inputs>.so, made by command(output) unless it is there."""
     stem = f"{name}-{hashlib.sha256(inputs).hexdigest()[:16]}"
     output = BUILD / f"{stem}.so"
-    with _build_lock():
+    with _build_lock(stem):
         if not output.exists():
             partial = BUILD / f"{stem}.partial.so"
             _run(command(str(partial)), what)
@@ -387,7 +387,7 @@ def _load_ops() -> Any:
         f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
     stamp = folder / "configured"
-    with _build_lock():
+    with _build_lock(folder.name):
         if not stamp.exists() or stamp.read_text() != "\n".join(configure):
             _run(configure, "configuring the simulator's build of csrc/")
             stamp.write_text("\n".join(configure))
