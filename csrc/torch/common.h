@@ -27,14 +27,6 @@ struct Dim {
   int64_t size = -1;
 };
 
-inline std::string describe(c10::IntArrayRef sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    text.append(i ? ", " : "").append(std::to_string(sizes[i]));
-  }
-  return text + "]";
-}
-
 // The checks of one call; `op` opens every message.
 class Checker {
  public:
@@ -60,8 +52,7 @@ class Checker {
       expected += d.name;
       if (d.size >= 0) expected.append("=").append(std::to_string(d.size));
     }
-    TORCH_CHECK(false, op_, ": ", name, " must have shape ", expected, "], got ",
-                describe(t.sizes()));
+    TORCH_CHECK(false, op_, ": ", name, " must have shape ", expected, "], got ", t.sizes());
   }
 
   void dtype(const char* name, const at::Tensor& t,
@@ -83,14 +74,14 @@ class Checker {
 
   void contiguous(const char* name, const at::Tensor& t) const {
     TORCH_CHECK(t.is_contiguous(), op_, ": ", name, " must be contiguous, got strides ",
-                describe(t.strides()), " for shape ", describe(t.sizes()));
+                t.strides(), " for shape ", t.sizes());
   }
 
   // The last dimension is dense; the others may be strided.
   void rows_contiguous(const char* name, const at::Tensor& t) const {
     TORCH_CHECK(t.numel() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1, op_, ": ", name,
-                " must be contiguous in its last dimension, got strides ", describe(t.strides()),
-                " for shape ", describe(t.sizes()));
+                " must be contiguous in its last dimension, got strides ", t.strides(),
+                " for shape ", t.sizes());
   }
 
   // Shape, dtype, device and full contiguity in one line.

@@ -18,15 +18,14 @@ void kv_compact(at::TensorList k_caches, at::TensorList v_caches, const at::Tens
 
   const at::Tensor& k0 = k_caches[0];
   check.dtype("k_caches[0]", k0, {at::kFloat, at::kHalf, at::kBFloat16, at::kFloat8_e4m3fn});
-  check.require(k0.dim() == 4, "k_caches[0] must have 4 dimensions, got shape ",
-                describe(k0.sizes()));
+  check.require(k0.dim() == 4, "k_caches[0] must have 4 dimensions, got shape ", k0.sizes());
   const auto check_layer = [&](const char* list, size_t i, const at::Tensor& cache,
                                const at::Tensor& first) {
     const std::string name = std::string(list) + "[" + std::to_string(i) + "]";
     check_cache(check, name.c_str(), cache, hnd, k0.size(hnd ? 1 : 2), k0.size(3));
     check_same_cache(check, name.c_str(), cache, "k_caches[0]", k0);
     check.require(cache.strides() == first.strides(), name, " must have the strides of ", list,
-                  "[0], ", describe(first.strides()), ", got ", describe(cache.strides()));
+                  "[0], ", first.strides(), ", got ", cache.strides());
     if (runs_on_cuda(block_table)) check_aligned(check, name.c_str(), cache);
   };
   for (size_t i = 0; i < k_caches.size(); ++i) {

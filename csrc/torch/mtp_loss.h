@@ -106,8 +106,7 @@ inline void check_mtp_loss(const Checker& check, const MtpLossArguments& a) {
   const int64_t k = a.hidden.size(0), t = a.hidden.size(1), h = a.hidden.size(2);
   check.require(k >= 1 && k <= kMaxDepths, "hidden must have 1 to ", kMaxDepths, " depths, got ",
                 k);
-  check.require(h >= 1, "hidden must have at least one column, got shape ",
-                describe(a.hidden.sizes()));
+  check.require(h >= 1, "hidden must have at least one column, got shape ", a.hidden.sizes());
   check.device("weight", a.weight);
   check.dtype("weight", a.weight, {a.hidden.scalar_type()});
   check.shape("weight", a.weight, {{"V"}, {"H", h}});

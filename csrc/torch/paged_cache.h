@@ -25,7 +25,7 @@ inline void check_aligned(const Checker& check, const char* name, const at::Tens
       t.numel() == 0 || ok, name,
       " must start at a multiple of 16 bytes and have rows and strides that are multiples "
       "of 16 bytes on cuda, got strides ",
-      describe(t.strides()), " for shape ", describe(t.sizes()), " of ", t.scalar_type());
+      t.strides(), " for shape ", t.sizes(), " of ", t.scalar_type());
 }
 
 inline PagedRows paged_rows(const at::Tensor& cache, bool hnd) {
@@ -49,9 +49,8 @@ inline void check_cache(const Checker& check, const char* name, const at::Tensor
 inline void check_same_cache(const Checker& check, const char* name, const at::Tensor& cache,
                              const char* other_name, const at::Tensor& other) {
   check.require(cache.sizes() == other.sizes() && cache.scalar_type() == other.scalar_type(), name,
-                " must have the shape and dtype of ", other_name, ", ", describe(other.sizes()),
-                " of ", other.scalar_type(), ", got ", describe(cache.sizes()), " of ",
-                cache.scalar_type());
+                " must have the shape and dtype of ", other_name, ", ", other.sizes(), " of ",
+                other.scalar_type(), ", got ", cache.sizes(), " of ", cache.scalar_type());
 }
 
 inline BlockTable block_table_params(const Checker& check, const at::Tensor& block_table,
