@@ -19,11 +19,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtp_ext import ops
-from mtp_ext.decode.kv_cache import OutOfPages, PagedKVCache
+from mtp_ext.decode.kv_cache import OutOfPages, PagedKVCache, to_tensor
 from mtp_ext.decode.metrics import Metrics
 from mtp_ext.decode.planner import DraftPlanner
 from mtp_ext.decode.request import Request, SamplingParams
@@ -219,7 +220,7 @@ class Decoder:
         if not greedy:
             seeds = self._tensor([r.params.seed for r in requests])
             next_positions = self._tensor([len(r.tokens) for r in requests])
-            temperature = self._tensor([r.params.temperature for r in requests], torch.float32)
+            temperature = self._tensor([r.params.temperature for r in requests], np.float32)
 
         # Depth 1: the rows whose hidden states the trunk has computed since the last draft.
         counts = [r.cache_len - r.head_len for r in requests]
@@ -235,8 +236,8 @@ class Decoder:
             self._tensor(positions),
             *self.head_cache,
             table,
-            self._tensor([r.head_len for r in requests], torch.int32),
-            self._tensor(cu, torch.int32),
+            self._tensor([r.head_len for r in requests], np.int32),
+            self._tensor(cu, np.int32),
             max(counts),
         )
         if len(ids) != len(requests):
@@ -245,8 +246,8 @@ class Decoder:
             r.head_len, r.pending_hidden = r.cache_len, []
 
         # Deeper: the head's own hidden state and draft stand in for the trunk's.
-        one_each = self._tensor(range(len(requests) + 1), torch.int32)
-        lens = self._tensor([r.cache_len for r in requests], torch.int32)
+        one_each = self._tensor(range(len(requests) + 1), np.int32)
+        lens = self._tensor([r.cache_len for r in requests], np.int32)
         depth = max(w.num_drafts for w in works)
         drafts, probs, candidates = [], [], []
         for row in range(depth):
@@ -307,8 +308,8 @@ class Decoder:
             self._tensor(positions),
             self.cache,
             self.cache.block_table([w.request.pages for w in works]),
-            self._tensor([w.request.cache_len for w in works], torch.int32),
-            self._tensor(_offsets(counts), torch.int32),
+            self._tensor([w.request.cache_len for w in works], np.int32),
+            self._tensor(_offsets(counts), np.int32),
             max(counts),
         )
         if not logit_rows:
@@ -324,22 +325,22 @@ class Decoder:
         lengths = [w.num_drafts for w in works]
         draft_ids, probs, candidates = drafts
 
-        def column(values: list, off: float, dtype: torch.dtype) -> Tensor | None:
+        def column(values: list, off: float, dtype: type) -> Tensor | None:
             return None if all(v == off for v in values) else self._tensor(values, dtype)
 
         token_ids, num_accepted, status = ops.rejection_sample(
             logits,
             draft_ids,
-            self._tensor(_offsets(lengths), torch.int32),
+            self._tensor(_offsets(lengths), np.int32),
             self._tensor([p.seed for p in params]),
             self._tensor([len(w.request.tokens) for w in works]),
             max(lengths),
             draft_probs=probs,
             draft_ids=candidates,
-            temperature=column([p.temperature for p in params], 0, torch.float32),
-            top_k=column([p.top_k for p in params], 0, torch.int32),
-            top_p=column([p.top_p for p in params], 1, torch.float32),
-            min_p=column([p.min_p for p in params], 0, torch.float32),
+            temperature=column([p.temperature for p in params], 0, np.float32),
+            top_k=column([p.top_k for p in params], 0, np.int32),
+            top_p=column([p.top_p for p in params], 1, np.float32),
+            min_p=column([p.min_p for p in params], 0, np.float32),
         )
         return torch.cat([token_ids, torch.stack([num_accepted, status], 1)], 1).tolist()
 
@@ -392,8 +393,8 @@ class Decoder:
         r.cache_len = r.head_len = 0
         self.waiting.appendleft(r)
 
-    def _tensor(self, values: Iterable, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=self.model.device)
+    def _tensor(self, values: Iterable, dtype: type = np.int64) -> Tensor:
+        return to_tensor(list(values), dtype, self.model.device)
 
 
 def _offsets(counts: list[int]) -> list[int]:

@@ -99,7 +99,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.rope = rope_table(config, embedding.device)
         # Of forward and logits. F.linear is faster for many rows, which then depend on each other.
-        self.linear: Callable[[Tensor, Tensor], Tensor] = torch.ops.mtp.skinny_linear.default
+        self.linear: Callable[[Tensor, Tensor], Tensor] = ops.direct("skinny_linear")
 
     @classmethod
     def from_tensors(
@@ -161,12 +161,9 @@ class Llama:
         Returns:
             f32 [T, H], the residual stream before the final norm.
         """
-        c, mtp = self.config, torch.ops.mtp
-        # Overloads rather than the wrappers of `ops`, which spell out every default: hundreds of
-        # calls per step would pay for that.
-        attend = mtp.verify_attention.default
-        norm, rope, gate = (op.default for op in (mtp.add_rms_norm, mtp.rope_qkv, mtp.silu_and_mul))
-        linear = self.linear
+        c, linear = self.config, self.linear
+        names = ("add_rms_norm", "rope_qkv", "verify_attention", "silu_and_mul")
+        norm, rope, attend, gate = map(ops.direct, names)
         residual = self.embedding[token_ids].float()
         x = None
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v):

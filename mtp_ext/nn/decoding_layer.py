@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext import ops
 from mtp_ext.nn.layers import (
     MLP,
     Attention,
@@ -19,6 +18,12 @@ from mtp_ext.nn.layers import (
     rope_order,
     rope_table,
 )
+from mtp_ext.ops import direct
+
+# A draft makes a few small calls and little else.
+skinny_linear, add_rms_norm = direct("skinny_linear"), direct("add_rms_norm")
+rope_qkv, silu_and_mul = direct("rope_qkv"), direct("silu_and_mul")
+verify_attention = direct("verify_attention")
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +46,7 @@ class Matrix:
             self.weight = vector(weight, like)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.skinny_linear(x, self.weight, bias=self.bias, weight_scale=self.scale)
+        return skinny_linear(x, self.weight, bias=self.bias, weight_scale=self.scale)
 
 
 def vector(weight: Tensor, like: Tensor) -> Tensor:
@@ -91,7 +96,7 @@ class DecodingAttention:
                 for t, w in zip((q, k), self.norms)
             )
             qkv = torch.cat([q, k, v], 1).flatten(1)
-        q, k, v = ops.rope_qkv(qkv, positions, self.rope, spec.num_heads, spec.num_kv_heads)
+        q, k, v = rope_qkv(qkv, positions, self.rope, spec.num_heads, spec.num_kv_heads)
         return q, k, v, None if self.gate is None else self.gate(x)
 
     def merge(self, attended: Tensor, gate: Tensor | None) -> Tensor:
@@ -141,7 +146,7 @@ class DecodingLatentAttention:
         k, v = kv.split([latent.nope_dim, latent.v_dim], -1)
         # One key for all heads; the third piece stands where rope_qkv has values.
         turning = torch.cat([q_rope.flatten(1), k_rope, k_rope], 1)
-        q_rope, k_rope, _ = ops.rope_qkv(turning, positions, self.rope, n, 1)
+        q_rope, k_rope, _ = rope_qkv(turning, positions, self.rope, n, 1)
         v = F.pad(v, (0, self.cache_shape[1] - latent.v_dim))
         return torch.cat([q, q_rope], -1), torch.cat([k, k_rope.expand(-1, n, -1)], -1), v, None
 
@@ -151,7 +156,7 @@ class DecodingLatentAttention:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
     """Of rows that are no residual stream."""
-    return ops.add_rms_norm(x.float().contiguous(), weight, eps=eps, gemma_norm=gemma)
+    return add_rms_norm(x.float().contiguous(), weight, eps=eps, gemma_norm=gemma)
 
 
 class DecodingMLP:
@@ -160,7 +165,7 @@ class DecodingMLP:
         self.down = Matrix(mlp.down_proj.weight, like, int8)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(ops.silu_and_mul(self.gate_up(x)))
+        return self.down(silu_and_mul(self.gate_up(x)))
 
 
 class DecodingMoE:
@@ -178,7 +183,7 @@ class DecodingMoE:
             self.shared_gate = Matrix(moe.shared_expert_gate.weight, like)
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = ops.skinny_linear(x.float(), self.gate_weight)
+        logits = skinny_linear(x.float(), self.gate_weight)
         weights, ids = self.gate.choose(logits)
         out = mix_experts(x, weights.to(x.dtype), ids, self.experts)
         if self.shared is not None:
@@ -219,9 +224,9 @@ class DecodingLayer:
         max_q_len: int,
     ) -> Tensor:
         """residual f32 [T, H] is updated in place and returned; the cache is appended to."""
-        x = ops.add_rms_norm(residual, self.input_norm, **self.norm)
+        x = add_rms_norm(residual, self.input_norm, **self.norm)
         q, k, v, gate = self.attention.heads(x, positions)
-        attended, _ = ops.verify_attention(
+        attended, _ = verify_attention(
             q,
             k,
             v,
@@ -234,5 +239,5 @@ class DecodingLayer:
             scale=self.attention.scale,
         )
         y = self.attention.merge(attended, gate)
-        x = ops.add_rms_norm(residual, self.post_norm, x=y, **self.norm)
+        x = add_rms_norm(residual, self.post_norm, x=y, **self.norm)
         return residual.add_(self.mlp(x))
