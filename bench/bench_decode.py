@@ -177,7 +177,7 @@ def rows(
             else:
                 contenders["transformers"] = peer
         load = harness.OtherLoad()
-        samples = harness.interleave(contenders, 3 * options.seconds, 5, 50)
+        samples = harness.interleave(contenders, 10 * options.seconds, 9, 50)
         others = load.share()
         moved = step_bytes(model, batch, length)
         for k in lengths:
