@@ -338,8 +338,12 @@ def test_record_nests(lib):
     assert outer[0].grid == (1, 1, 1) and outer[0].block == (32, 1, 1)
 
 
-def test_operators_run_their_bindings_and_launchers():
-    ops = runtime.load_ops()
+@pytest.fixture(scope="module")  # a test's own time limit should not see the build
+def ops():
+    return runtime.load_ops()
+
+
+def test_operators_run_their_bindings_and_launchers(ops):
     seeds, positions = torch.arange(3), torch.arange(3) + 10
     with runtime.record() as launches:
         out = ops.philox_uniform(seeds, positions, 0, 1, 1001)
@@ -354,8 +358,7 @@ def test_operators_run_their_bindings_and_launchers():
     assert launches == []
 
 
-def test_operators_see_only_what_data_ptr_announced(monkeypatch):
-    ops = runtime.load_ops()
+def test_operators_see_only_what_data_ptr_announced(ops, monkeypatch):
     monkeypatch.setattr(runtime, "_register", lambda *a: None)
     with pytest.raises(errors.OutOfBounds):
         ops.philox_uniform(torch.arange(3), torch.arange(3), 0, 1, 4)
