@@ -317,7 +317,10 @@ def _run(command: list[str], what: str) -> None:
 
 
 def _built(name: str, inputs: bytes, command: Any, what: str) -> Path:
-    """build/ptxsim/<name>-<hash of inputs>.so, made by command(output) unless it is there."""
+    """build/ptxsim/<name>-<hash of inputs>.so, made by command(output) unless it is there.
+
+    `command` is called under the lock, so it may write the files that its compiler reads.
+    """
     stem = f"{name}-{hashlib.sha256(inputs).hexdigest()[:16]}"
     output = BUILD / f"{stem}.so"
     with _build_lock(stem):
@@ -335,18 +338,17 @@ def _stub() -> Path:
     include = _cuda_include()
     # A symbol version keeps a real libcudart, if torch loaded one, from taking its place.
     versions = BUILD / "cudart.map"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    versions.write_text("PTXSIM { global: *; };\n")
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-shared", f"-Wl,--version-script={versions}",
         "-Wl,-soname,libptxsim_cudart.so",
     ]  # fmt: skip
-    path = _built(
-        "libptxsim_cudart",
-        source.read_bytes() + str((include, flags)).encode(),
-        lambda out: [os.environ.get("CXX", "g++"), *flags, f"-I{include}", str(source), "-o", out],
-        "building the stub CUDA runtime",
-    )
+
+    def command(out: str) -> list[str]:
+        versions.write_text("PTXSIM { global: *; };\n")
+        return [os.environ.get("CXX", "g++"), *flags, f"-I{include}", str(source), "-o", out]
+
+    inputs = source.read_bytes() + str((include, flags)).encode()
+    path = _built("libptxsim_cudart", inputs, command, "building the stub CUDA runtime")
     library = ctypes.CDLL(str(path))
     library.ptxsim_set_callbacks(ctypes.byref(_CALLBACKS))
     for device in DEVICES.values():
@@ -453,14 +455,13 @@ def compile(source: str | Path, *, archs: tuple[str, ...] = ("90a",), flags: tup
     ]  # fmt: skip
     key = hashlib.sha256((text + str((options, stub.name))).encode()).hexdigest()[:16]
     file = source if isinstance(source, Path) else BUILD / f"source-{key}.cu"
-    if file is not source:
-        file.write_text(text)
-    path = _built(
-        "cuda",
-        key.encode(),
-        lambda out: [str(find_nvcc()), *options, str(file), str(stub), "-o", out],
-        f"compiling {file.name}",
-    )
+
+    def command(out: str) -> list[str]:
+        if file is not source:
+            file.write_text(text)
+        return [str(find_nvcc()), *options, str(file), str(stub), "-o", out]
+
+    path = _built("cuda", key.encode(), command, f"compiling {file.name}")
     return Library(ctypes.CDLL(str(path)))
 
 
