@@ -13,14 +13,15 @@
 //
 // With AMX nothing is transposed but p: sixteen keys as they lie in their page are one operand of
 // the first product and sixteen query rows the other, so scores come out as [key][row] and the
-// softmax has a query row in every lane. The second product takes p as [row][key].
+// softmax has a query row in every lane. The second product takes p as [row][key]. A softmax step
+// is four tiles there, so that sums stay in tile registers and products wait for each other less.
 //
-// Memory: an item takes several KV heads of a request and goes through them tile by tile, since
-// with NHD their rows are neighbours. The rows of the next tile are asked for in the order of
+// Memory: an item takes several KV heads of a request and goes through them step by step, since
+// with NHD their rows are neighbours. The rows of the next step are asked for in the order of
 // memory and in small portions while this one is multiplied; in one go they would fill the queue
 // and stall.
 //
-// Tiles and splits of 1024 keys start at absolute multiples, a split's sums start from zero, and
+// Steps and splits of 1024 keys start at absolute multiples, a split's sums start from zero, and
 // splits are merged in ascending order whether one thread walks them all or many take one each.
 // Within a row every sum runs over ascending d or ascending keys. So a row's bits depend on its
 // query, keys and position, never on the rows that share its tile, on the threads or on the pages.
@@ -28,7 +29,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <limits>
 #include <utility>
 
@@ -40,11 +40,12 @@
 namespace mtp::cpu::MTP_ISA {
 namespace {
 
-constexpr int kTile = 32;         // keys per softmax step
+constexpr int kTile = 32;         // keys
 constexpr int64_t kSplit = 1024;  // keys per partial result
-constexpr int kRows = 64;         // packed query rows per work item
+constexpr int kRows = 64;         // packed query rows of a head per work item
+constexpr int kItemRows = 128;    // and of all its heads,
+constexpr int kState = 8192;      // with so many outputs
 constexpr int kMaxDim = 256;
-constexpr int kState = 4096;  // outputs that an item of several heads may hold
 constexpr int kPanels = kTile / kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
@@ -82,8 +83,9 @@ Plan make_plan(const VerifyAttentionParams& p) {
   });
   Plan plan;
   const int64_t rows = std::clamp<int64_t>(longest * group, 1, kRows);
-  plan.heads = std::clamp<int64_t>(kState / (rows * a.head_dim), 1,
-                                   std::min<int64_t>(a.kv_heads, kRows / rows));
+  const int64_t padded = std::max<int64_t>(rows, 8), dim = round_up(a.head_dim, 2 * kLanes);
+  plan.heads =
+      std::clamp<int64_t>(std::min<int64_t>(kState / dim, kItemRows) / padded, 1, a.kv_heads);
   plan.row_tiles = ceil_div<int64_t>(longest * group, kRows);
   plan.splits = std::max<int64_t>(1, ceil_div(keys, kSplit));
   constexpr int64_t kWorthThreads = 1 << 18;
@@ -109,6 +111,10 @@ constexpr bool kPairs = MTP_ISA_LEVEL >= 3 && std::is_same_v<Q, BF16> &&
 
 template <typename Q, typename C>
 constexpr bool kInTiles = MTP_ISA_LEVEL >= 4 && kPairs<Q, C>;
+
+// Tiles per softmax step. With AMX it costs less to wait once for several.
+template <typename Q, typename C>
+constexpr int kSpan = kInTiles<Q, C> ? 4 : 1;
 
 // AVX2 multiplies f32 but takes two bf16 of the cache at a time: a shift makes the first of a word
 // one, a mask the second.
@@ -285,29 +291,34 @@ void widen_row(const In* in, int64_t dim, int64_t padded, BF16* out) {
 // and stores every sum at every step.
 
 // Asks for a line into the second-level cache, which has more requests under way than the first.
-// Tiles are loaded soon enough after that the first was better (8%).
-template <bool first_level = false>
-[[gnu::always_inline]] inline void prefetch(const void* line) {
-  __builtin_prefetch(line, 0, first_level ? 3 : 2);
-}
-template <bool first_level = false, typename T>
-[[gnu::always_inline]] inline void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) prefetch<first_level>(row + d);
-}
+[[gnu::always_inline]] inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// Later rows, asked for in small portions while this tile is multiplied: a burst would stall.
+// The K and V rows of a tile of one head: the zero row where there is no slot.
+template <typename C>
+struct Rows {
+  const C* row[2 * kTile];
+  KeyBits valid;  // those that exist
+
+  const C** keys() { return row; }
+  const C** values() { return row + kTile; }
+};
+
+// Later rows, asked for in small portions while others are multiplied: a burst would stall.
 constexpr int kPiece = 8;  // steps of a product between two portions
-template <typename T>
+template <typename C>
 class Ahead {
  public:
-  // `count` rows, so many elements of each from `offset` on, in so many portions.
-  Ahead(const T* const* rows, int count, int64_t offset, int64_t elements, int64_t portions)
-      : row_(rows),
-        end_(rows + count),
+  // Rows [first, last) of some tiles, so many elements of each from `offset` on, in so many
+  // portions.
+  Ahead(const Rows<C>* tiles, int first, int last, int64_t offset, int64_t elements,
+        int64_t portions)
+      : tiles_(tiles),
+        row_(first),
+        end_(last),
         offset_(offset),
-        bytes_(elements * sizeof(T)),
+        bytes_(elements * sizeof(C)),
         portions_(portions),
-        parts_(count * ceil_div(bytes_, kPart)) {}
+        parts_((last - first) * ceil_div(bytes_, kPart)) {}
   // Asks for what is left.
   ~Ahead() {
     while (row_ != end_) ask();
@@ -322,8 +333,10 @@ class Ahead {
   static constexpr int64_t kPart = 512;
 
   void ask() {
-    const char* from = reinterpret_cast<const char*>(*row_ + offset_) + done_;
+    const C* row = tiles_[row_ / (2 * kTile)].row[row_ % (2 * kTile)];
+    const char* from = reinterpret_cast<const char*>(row + offset_) + done_;
     const char* to = from + std::min(kPart, bytes_ - done_);
+#pragma GCC unroll 2
     for (; from < to; from += 64) prefetch(from);
     done_ += kPart;
     if (done_ < bytes_) return;
@@ -331,8 +344,8 @@ class Ahead {
     ++row_;
   }
 
-  const T* const* row_;
-  const T* const* end_;
+  const Rows<C>* tiles_;
+  int row_, end_;
   int64_t offset_, bytes_, portions_, parts_, due_ = 0, done_ = 0;
 };
 
@@ -509,24 +522,22 @@ void for_row_blocks(int rows, const Body& body) {
   }
 }
 
-// 2^x for x <= 0 or NaN, which is all that a softmax asks for; 0 below 2^-126. To 1 ulp or so.
+// 2^x for x <= 0 or NaN, which is all that a softmax asks for; 0 below 2^-126. To 1.6e-7.
 [[gnu::always_inline]] inline F32x16 exp2_nonpositive(F32x16 x) {
 #if MTP_ISA_LEVEL >= 2
-  const F32x16 n = round_to_int(x);
+  const F32x16 r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 #else
-  const F32x16 n = round_to_int(max(x, broadcast(-126.0f)));
+  const F32x16 n = floor(max(x, broadcast(-126.0f))), r = x - n;
 #endif
-  const F32x16 r = x - n;
-  F32x16 y = broadcast(1.53533620e-4f);
-  y = fmadd(y, r, broadcast(1.33988750e-3f));
-  y = fmadd(y, r, broadcast(9.61843692e-3f));
-  y = fmadd(y, r, broadcast(5.55033237e-2f));
-  y = fmadd(y, r, broadcast(0.240226477f));
-  y = fmadd(y, r, broadcast(0.693147182f));
+  F32x16 y = broadcast(1.86895637e-3f);  // minimax on [0, 1) with 2^0 = 1
+  y = fmadd(y, r, broadcast(9.01488494e-3f));
+  y = fmadd(y, r, broadcast(5.57993017e-2f));
+  y = fmadd(y, r, broadcast(0.240165651f));
+  y = fmadd(y, r, broadcast(0.693151057f));
   y = fmadd(y, r, broadcast(1.0f));
 #if MTP_ISA_LEVEL >= 2
   const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(normal, y.v, n.v)};
+  return {_mm512_maskz_scalef_ps(normal, y.v, x.v)};  // by 2^floor(x)
 #else
   return select(x < broadcast(-126.0f), zero(), y * pow2i(n));
 #endif
@@ -543,23 +554,22 @@ float exp2_of(float x) {  // for x <= 0
 template <typename Q, typename C>
 struct alignas(64) Scratch {
   using Wide = std::conditional_t<kWordDims<kPairs<Q, C>, C> == 2, BF16, float>;
-  // With tiles the rows of a head are filled up to sixteen and its dims to 32, which can make an
-  // item's queries, else kState elements or one head's kRows rows, up to 16 kState words.
-  static constexpr int kPadded = kInTiles<Q, C> ? 2 * kRows : kRows;
-  static constexpr int kQueries = kInTiles<Q, C> ? kLanes * kState : kRows * kMaxDim;
-  float q[kQueries];             // words: [rows][D], or as query_tiles() says
-  float keys[kTile * kMaxDim];   // words: [panel][D][16 keys]
-  Wide values[kTile * kMaxDim];  // [key][stride], where rows are not read from their page
-  float p[kRows * kTile];        // scores, then words of probabilities
-  float out[kRows * kMaxDim];    // [rows][stride], of the split at hand
-  float sum[kRows * kLanes];     // of p, of the split at hand: per lane, or laid out as max
-  float max[kRows * kLanes];     // by head and row: [head][rows rounded up to 16]
+  // With AMX the rows of a head are filled up to sixteen and its dims to 32.
+  static constexpr int kPadded = kInTiles<Q, C> ? 2 * kItemRows : kItemRows;
+  static constexpr int kTiles = kSpan<Q, C>;
+  float q[kRows * kMaxDim];         // words: [rows][D], or as query_tiles() says
+  float keys[kTile * kMaxDim];      // words: [panel][D][16 keys]
+  Wide values[kTile * kMaxDim];     // [key][stride], where rows are not read from their page
+  float p[kRows * kTiles * kTile];  // scores, then words of probabilities
+  float out[kRows * kMaxDim];       // [rows][stride], of the split at hand
+  float sum[kItemRows * kLanes];    // of p, of the split at hand: per lane, or laid out as max
+  float max[kItemRows * kLanes];    // by head and row: [head][rows rounded up to 16]
   float keep[kRows];
   float total_out[kRows * kMaxDim];
   float total_max[kPadded], total_sum[kPadded];
-  KeyBits seen[kRows];         // by row: bit j is key j of the tile
-  C new_key[kTile * kMaxDim];  // new rows as stored, where that is not the input's dtype
-  C new_value[kTile * kMaxDim];
+  KeyBits seen[kTiles][kRows];          // by row: bit j is key j of the tile
+  C new_key[kTiles * kTile * kMaxDim];  // new rows as stored, where that is not the input's dtype
+  C new_value[kTiles * kTile * kMaxDim];
   unsigned char zeros[kMaxDim * sizeof(float)];  // in the place of rows that no query sees
 };
 
@@ -568,6 +578,7 @@ class Item {
   using Wide = typename Scratch<Q, C>::Wide;
   static constexpr bool pairs = kPairs<Q, C>, tiles = kInTiles<Q, C>;
   static constexpr bool halves = kHalves<pairs, C>;
+  static constexpr int kTiles = kSpan<Q, C>, kStep = kTiles * kTile;
 
  public:
   // KV heads [head, head_end) of request b, whose tokens are `tokens`.
@@ -585,7 +596,7 @@ class Item {
     first_row_ = row_tile * kRows;
     rows_ = static_cast<int>(std::min<int64_t>(kRows, count_ * group_ - first_row_));
     max_stride_ = static_cast<int>(round_up(std::max(rows_, 0), kLanes));
-    out_rows_ = tiles && rows_ > kLanes ? max_stride_ : rows_;
+    out_rows_ = tiles ? max_stride_ : rows_;
     dim_ = a_.head_dim;
     words_ = words_of(dim_);
     stride_ = round_up(dim_, pairs ? 2 * kLanes : kLanes);
@@ -638,12 +649,12 @@ class Item {
   // Leaves the split's maxima, sums per lane and unnormalised outputs in the scratch. The item
   // goes on to position `stop`.
   void attend_split(int64_t split, int64_t stop) {
-    [[maybe_unused]] const std::conditional_t<tiles, Tiles, int> registers(std::min(rows_, kLanes));
+    [[maybe_unused]] const std::conditional_t<tiles, Tiles, int> registers{};
     std::fill_n(s_.out, heads_ * out_rows_ * stride_, 0.0f);
     std::fill_n(s_.sum, tiles ? heads_ * max_stride_ : heads_ * rows_ * kLanes, 0.0f);
     std::fill_n(s_.max, heads_ * max_stride_, -kInfinity);
     const int64_t end = std::min(end_, (split + 1) * kSplit);
-    for (int64_t start = first_tile(split); start < end; start += kTile) attend_tile(start, stop);
+    for (int64_t start = first_step(split); start < end; start += kStep) attend_step(start, stop);
   }
 
   void attend_partial(int64_t split, int64_t splits) {
@@ -713,8 +724,8 @@ class Item {
   }
 
   static int64_t words_of(int64_t n) { return pairs ? n / 2 : n; }
-  int64_t first_tile(int64_t split) const {
-    return std::max(begin_, split * kSplit) / kTile * kTile;
+  int64_t first_step(int64_t split) const {
+    return std::max(begin_, split * kSplit) / kStep * kStep;
   }
   int64_t token(int r) const { return first_token_ + (first_row_ + r) / group_; }
   int64_t q_head(int h, int r) const { return (head_ + h) * group_ + (first_row_ + r) % group_; }
@@ -805,15 +816,14 @@ class Item {
     return length_ + (p_.tree_mask ? __builtin_popcountll(tree_bits(i)) - 1 : i);
   }
 
-  // The K and V rows of a tile of one head: the zero row where there is no slot.
-  struct Rows {
-    const C* keys[kTile];
-    const C* values[kTile];
-    KeyBits valid;  // those that exist
+  // The keys of a tile that some row sees, and those that all rows see.
+  struct Seen {
+    KeyBits any, all;
   };
 
   // Finds the rows of the tile at `start` and head h.
-  void find_rows(int64_t start, int h, Rows& rows) {
+  void find_rows(int64_t start, int h, Rows<C>& rows) {
+    const C **keys = rows.keys(), **values = rows.values();
     const int64_t page_size = a_.table.page_size;
     const int64_t end = std::min<int64_t>(kTile, end_ - start);
     rows.valid = 0;
@@ -822,7 +832,7 @@ class Item {
       const int64_t stop = std::min(end, j + page_size - slot);
       const int64_t page = a_.table.page(b_, entry);
       if (page < 0) {
-        for (; j < stop; ++j) rows.keys[j] = rows.values[j] = zero_row<C>();
+        for (; j < stop; ++j) keys[j] = values[j] = zero_row<C>();
         continue;
       }
       rows.valid |= bit_range(j, stop);
@@ -831,53 +841,69 @@ class Item {
       const C* value =
           static_cast<const C*>(a_.v_cache.data) + a_.v_cache.offset(page, slot, head_ + h);
       for (const int64_t cached = std::min(stop, length_ - start); j < cached; ++j) {
-        rows.keys[j] = key;
-        rows.values[j] = value;
+        keys[j] = key;
+        values[j] = value;
         key += a_.k_cache.slot_stride;
         value += a_.v_cache.slot_stride;
       }
       for (; j < stop; ++j) {
         if constexpr (std::is_same_v<Q, C>) {
           const int64_t i = start + j - length_;
-          rows.keys[j] = new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i, h);
-          rows.values[j] = new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i, h);
+          keys[j] = new_row(a_.k, a_.k_token_stride, a_.k_head_stride, i, h);
+          values[j] = new_row(a_.v, a_.v_token_stride, a_.v_head_stride, i, h);
         } else {
-          rows.keys[j] = s_.new_key + j * dim_;
-          rows.values[j] = s_.new_value + j * dim_;
+          keys[j] = s_.new_key + (start + j) % kStep * dim_;
+          values[j] = s_.new_value + (start + j) % kStep * dim_;
         }
       }
     }
     for (int64_t j = std::max<int64_t>(end, 0); j < kTile; ++j) {
-      rows.keys[j] = rows.values[j] = zero_row<C>();
+      keys[j] = values[j] = zero_row<C>();
     }
   }
 
-  // The rows of the tile at `start` and head h, from those of the head before.
-  void next_head(const Rows& last, int64_t start, int h, Rows& rows) {
-    if (last.valid != ~KeyBits{0} || start + kTile > length_) return find_rows(start, h, rows);
-    rows.valid = last.valid;
+  // From the rows of the tile at `start` and the head before, and what was seen of them, those of
+  // head h.
+  void next_head(int64_t start, int h, Seen seen, Rows<C>& rows) {
+    if ((rows.valid & seen.any) != ~KeyBits{0} || start + kTile > length_) {
+      return find_rows(start, h, rows);
+    }
     for (int j = 0; j < kTile; ++j) {
-      rows.keys[j] = last.keys[j] + a_.k_cache.head_stride;
-      rows.values[j] = last.values[j] + a_.v_cache.head_stride;
+      rows.keys()[j] += a_.k_cache.head_stride;
+      rows.values()[j] += a_.v_cache.head_stride;
     }
   }
 
+  // The tiles of a step that any row here sees: `count` from `first` on.
+  struct Step {
+    int64_t first;
+    int count;
+  };
+  Step step_at(int64_t start) const {
+    const int64_t first = std::max(start, begin_ / kTile * kTile);
+    return {first,
+            static_cast<int>(ceil_div(std::min(start + kStep, end_) - first, int64_t{kTile}))};
+  }
+
+  void find_coming(int64_t start) {
+    const Step step = step_at(start);
+    for (int t = 0; t < step.count; ++t) find_rows(step.first + t * kTile, 0, coming_[t]);
+    coming_count_ = step.count;
+  }
   void find_first_rows(int64_t split) {
-    Rows& rows = rows_of_[turn_ ^ 1];
-    find_rows(first_tile(split), 0, rows);
-    for (int h = 0; h < heads_; ++h) ahead_of(rows, h, 1);  // all at once, as it ends
+    find_coming(first_step(split));
+    for (int h = 0; h < heads_; ++h) ahead_of(h, 1);  // all at once, as it ends
   }
 
-  // What to ask for while head h is attended to: its share of a tile whose rows of the first head
-  // are `rows`. In the order of memory: where the heads of a slot are neighbours, some slots of all
-  // heads, which on Zen 3 come a quarter to a third faster than all slots of one head.
-  Ahead<C> ahead_of(const Rows& rows, int h, int64_t portions) const {
-    static_assert(offsetof(Rows, values) == sizeof(rows.keys));
+  // What to ask for while head h is attended to: its share of the coming tiles. In the order of
+  // memory: where the heads of a slot are neighbours, some slots of all heads, which on Zen 3 come
+  // a quarter to a third faster than all slots of one head.
+  Ahead<C> ahead_of(int h, int64_t portions) const {
+    const int all = 2 * kTile * coming_count_;
     if (a_.k_cache.head_stride != dim_) {
-      return {rows.keys, 2 * kTile, h * a_.k_cache.head_stride, dim_, portions};
+      return {coming_, 0, all, h * a_.k_cache.head_stride, dim_, portions};
     }
-    const int first = 2 * kTile * h / heads_, last = 2 * kTile * (h + 1) / heads_;
-    return {rows.keys + first, last - first, 0, heads_ * dim_, portions};
+    return {coming_, all * h / heads_, all * (h + 1) / heads_, 0, heads_ * dim_, portions};
   }
 
   // How many times both products ask, for one head.
@@ -896,9 +922,9 @@ class Item {
     if constexpr (!std::is_same_v<Q, C>) {
       for (int64_t pos = std::max(start, length_); pos < std::min(start + kTile, end_); ++pos) {
         encode_row(new_row(a_.k, a_.k_token_stride, a_.k_head_stride, pos - length_, h),
-                   s_.new_key + (pos - start) * dim_, dim_, k_scale(h));
+                   s_.new_key + pos % kStep * dim_, dim_, k_scale(h));
         encode_row(new_row(a_.v, a_.v_token_stride, a_.v_head_stride, pos - length_, h),
-                   s_.new_value + (pos - start) * dim_, dim_, v_scale(h));
+                   s_.new_value + pos % kStep * dim_, dim_, v_scale(h));
       }
     }
   }
@@ -911,13 +937,8 @@ class Item {
     return below(to) & ~below(from);
   }
 
-  // The keys of a tile that some row sees, and those that all rows see.
-  struct Seen {
-    KeyBits any, all;
-  };
-
-  // Fills seen[], unless all rows see the whole tile.
-  Seen find_seen(int64_t start, KeyBits valid) {
+  // Fills bits[row], unless all rows see the whole tile.
+  Seen find_seen(int64_t start, KeyBits valid, KeyBits* row_bits) {
     if (valid == ~KeyBits{0} && start >= all_begin_ && start + kTile <= all_end_) {
       return {valid, valid};
     }
@@ -936,7 +957,7 @@ class Item {
         seen.any |= bits;
         seen.all &= bits;
       }
-      s_.seen[r] = bits;
+      row_bits[r] = bits;
     }
     return seen;
   }
@@ -953,37 +974,37 @@ class Item {
     return shift > -64 ? static_cast<KeyBits>(bits >> -shift) : 0;
   }
 
-  void attend_tile(int64_t start, int64_t stop) {
-    [[maybe_unused]] const int end = static_cast<int>(std::min<int64_t>(kTile, end_ - start));
-    const Seen seen = find_seen(start, rows_of_[turn_ ^ 1].valid);
-    const bool last_tile = start + kTile >= stop;
-    if (!last_tile) find_rows(start + kTile, 0, coming_);
+  void attend_step(int64_t start, int64_t stop) {
+    const Step step = step_at(start);
+    Seen seen[kTiles];
+    for (int t = 0; t < step.count; ++t) {
+      rows_of_[t] = coming_[t];
+      seen[t] = find_seen(step.first + t * kTile, rows_of_[t].valid, s_.seen[t]);
+    }
+    coming_count_ = 0;
+    if (start + kStep < stop) find_coming(start + kStep);
     for (int h = 0; h < heads_; ++h) {
-      turn_ ^= 1;
-      Rows& rows = rows_of_[turn_];
-      const bool same_tile = h + 1 < heads_, more = same_tile || !last_tile;
-      if (same_tile) {
-        next_head(rows, start, h + 1, rows_of_[turn_ ^ 1]);
-      } else if (more) {
-        rows_of_[turn_ ^ 1] = coming_;
+      for (int t = 0; t < step.count; ++t) {
+        const int64_t tile = step.first + t * kTile;
+        if (h > 0) next_head(tile, h, seen[t], rows_of_[t]);
+        if (tile + kTile > length_) encode_new_rows(tile, h);
       }
-      if (start + kTile > length_) encode_new_rows(start, h);
       if constexpr (tiles) {
-        this->attend_head_tiles(h, seen, rows, more ? rows_of_[turn_ ^ 1] : rows);
+        this->attend_head_tiles(step, h, seen);
       } else {
-        attend_head(h, seen, end, rows, last_tile ? nullptr : &coming_);
+        attend_head(h, seen[0], static_cast<int>(std::min<int64_t>(kTile, end_ - step.first)));
       }
     }
   }
 
-  void attend_head(int h, Seen seen, int end, Rows& rows, const Rows* coming) {
+  void attend_head(int h, Seen seen, int end) {
+    Rows<C>& rows = rows_of_[0];
     constexpr int kDims = kWordDims<pairs, C>;
     const int64_t panel = round_up(dim_, kLanes * kDims) / kDims * kLanes;
     const int panels = ceil_div(end, kLanes);
-    Ahead<C> ahead =
-        coming ? ahead_of(*coming, h, portions(panels, end)) : Ahead<C>(nullptr, 0, 0, 0, 1);
+    Ahead<C> ahead = ahead_of(h, portions(panels, end));
     for (int i = 0; i < panels; ++i) {
-      transpose_keys<pairs>(rows.keys + i * kLanes, dim_, s_.keys + i * panel);
+      transpose_keys<pairs>(rows.keys() + i * kLanes, dim_, s_.keys + i * panel);
     }
     for_row_blocks(rows_, [&](int r, auto count) {
       score_rows<pairs, count>(s_.q + (h * rows_ + r) * words_, s_.keys, dim_ / kDims, panel,
@@ -995,19 +1016,19 @@ class Item {
     // One block of rows reads each value once, so widening in passing is cheaper.
     const bool in_place = std::is_same_v<C, Wide> || (!pairs && rows_ <= kBlockRows);
     if (in_place && (pairs || stride_ == dim_)) {
-      return add_values<C>(h, rows.values, seen, end, ahead);
+      return add_values<C>(h, rows.values(), seen, end, ahead);
     }
     const Wide* wide_rows[kTile];
     for (int j = 0; j < kTile; ++j) {
       wide_rows[j] = s_.values + j * stride_;
-      if (j < round_up(end, 2)) widen_row(rows.values[j], dim_, stride_, s_.values + j * stride_);
+      if (j < round_up(end, 2)) widen_row(rows.values()[j], dim_, stride_, s_.values + j * stride_);
     }
     add_values<Wide>(h, wide_rows, seen, end, ahead);
   }
 
-  void clear_unseen(Seen seen, Rows& rows) const {
+  void clear_unseen(Seen seen, Rows<C>& rows) const {
     for (KeyBits unseen = ~seen.any; unseen != 0; unseen &= unseen - 1) {
-      rows.values[__builtin_ctzll(unseen)] = zero_row<C>();
+      rows.values()[__builtin_ctzll(unseen)] = zero_row<C>();
     }
   }
 
@@ -1020,10 +1041,10 @@ class Item {
     }
     return finite;
   }
-  // If there is: the values that row r sees.
+  // If there is: the values that a row sees.
   template <typename T>
-  void own_rows(int r, const T* const* values, const T* own[kTile]) const {
-    for (int j = 0; j < kTile; ++j) own[j] = s_.seen[r] >> j & 1 ? values[j] : zero_row<T>();
+  void own_rows(KeyBits seen, const T* const* values, const T* own[kTile]) const {
+    for (int j = 0; j < kTile; ++j) own[j] = seen >> j & 1 ? values[j] : zero_row<T>();
   }
 
   template <typename T>
@@ -1040,7 +1061,7 @@ class Item {
     }
     for (int r = 0; r < rows_; ++r) {
       const T* own[kTile];
-      own_rows(r, rows, own);
+      own_rows(s_.seen[0][r], rows, own);
       value_rows<pairs, 1, T>(s_.p + r * kTile, keep + r, own, ahead, steps, dim_, stride_,
                               out + r * stride_);
     }
@@ -1076,7 +1097,8 @@ class Item {
           x = broadcast(p_.softcap * kLog2E) * tanh(x / broadcast(p_.softcap));
         }
         if (!whole) {
-          x = select(mask_from_bits(s_.seen[r] >> (w * kLanes) & 0xffff), x, broadcast(-kInfinity));
+          x = select(mask_from_bits(s_.seen[0][r] >> (w * kLanes) & 0xffff), x,
+                     broadcast(-kInfinity));
         }
         store(row + w * kLanes, x);
         best = cpu::max(best, x);
@@ -1113,7 +1135,7 @@ class Item {
     store(out + kLanes, y);
   }
 
-  // ---- with AMX: tiles 0 to 3 have sixteen rows, those from 4 on a row for each query row
+  // ---- with AMX ----
 
   // Sixteen query rows of head h, as pairs: [stride_ / 32][16 pairs][16 rows].
   float* query_tiles(int h, int group) {
@@ -1123,116 +1145,162 @@ class Item {
 #if MTP_ISA_LEVEL >= 4
   static constexpr int kTileWords = kLanes * kLanes;
 
-  void attend_head_tiles(int h, Seen seen, Rows& rows, const Rows& next) {
-    const int groups = max_stride_ / kLanes;
-    score_tiles(h, groups, rows.keys);
-    for (int g = 0; g < groups; ++g) {
-      update_softmax_tile(h, g, seen.all == ~KeyBits{0}, g == 0 ? &next : nullptr);
+  void attend_head_tiles(Step step, int h, const Seen* seen) {
+    const int groups = max_stride_ / kLanes, chunks = static_cast<int>(stride_ / (2 * kLanes));
+    const bool partly_new = step.first + step.count * kTile > length_;
+    bool whole = true, even = !partly_new && std::is_same_v<C, BF16> && dim_ == stride_ &&
+                              a_.table.page_size % kLanes == 0;
+    for (int t = 0; t < step.count; ++t) {
+      whole &= seen[t].all == ~KeyBits{0};
+      even &= rows_of_[t].valid == ~KeyBits{0};
     }
-    clear_unseen(seen, rows);
-    if (sees_finite(rows.values, seen)) {
-      pack_values(rows.values);
-      for (int g = 0; g < groups; ++g) add_value_tiles(h, g, -1);
+    Ahead<C> ahead = ahead_of(
+        h, step.count * (kLanes / 2 * groups + (kPanels + kPacks) * chunks * ceil_div(groups, 2)));
+    for (int t = 0; t < step.count; ++t) score_tile(h, t, groups, even, ahead);
+    for (int g = 0; g < groups; ++g) {
+      if (whole && !(p_.softcap > 0.0f)) {
+        update_softmax_tiles<true>(h, g, step.count, seen, ahead);
+      } else {
+        update_softmax_tiles<false>(h, g, step.count, seen, ahead);
+      }
+    }
+    const C* const* values[kTiles];
+    bool finite = true;
+    for (int t = 0; t < step.count; ++t) {
+      clear_unseen(seen[t], rows_of_[t]);
+      values[t] = rows_of_[t].values();
+      finite &= sees_finite(values[t], seen[t]);
+    }
+    float* out = s_.out + h * out_rows_ * stride_;
+    if (finite) {
+      int g = 0;
+      for (; g + 2 <= groups; g += 2, out += 2 * kLanes * stride_) {
+        add_value_tiles<2>(g, step.count, values, out, ahead);
+      }
+      if (g < groups) add_value_tiles<1>(g, step.count, values, out, ahead);
       return;
     }
     for (int r = 0; r < rows_; ++r) {
-      const C* own[kTile];
-      own_rows(r, rows.values, own);
-      pack_values(own);
-      add_value_tiles(h, r / kLanes, r % kLanes);
+      const C* own[kTiles][kTile];
+      for (int t = 0; t < step.count; ++t) {
+        const bool all = seen[t].all == ~KeyBits{0};
+        own_rows(all ? ~KeyBits{0} : s_.seen[t][r], rows_of_[t].values(), own[t]);
+        values[t] = own[t];
+      }
+      alignas(64) float sums[kLanes * kMaxDim];  // of its group
+      const int first = r / kLanes * kLanes;
+      std::memcpy(sums, out + first * stride_, kLanes * stride_ * sizeof(float));
+      add_value_tiles<1>(r / kLanes, step.count, values, sums, ahead);
+      std::memcpy(out + r * stride_, sums + (r - first) * stride_, stride_ * sizeof(float));
     }
   }
 
-  // s_.p = scores of each group of rows: [group][32 keys][16 rows].
-  void score_tiles(int h, int groups, const C* const* keys) {
-    const int steps = static_cast<int>(stride_ / (2 * kLanes));
-    struct Panel {
-      const char* first;
-      int64_t key_stride, step;  // bytes
-    } panels[kPanels];
-    for (int i = 0; i < kPanels; ++i) {
-      const C* const* row = keys + i * kLanes;
-      const auto at = [&](int j) { return reinterpret_cast<intptr_t>(row[j]); };
-      const int64_t gap = at(1) - at(0);
-      bool even = std::is_same_v<C, BF16> && dim_ == stride_;
-      for (int j = 2; j < kLanes; ++j) even &= at(j) - at(j - 1) == gap;
-      if (even) {
-        panels[i] = {reinterpret_cast<const char*>(row[0]), gap, 64};
-        continue;
-      }
-      float* staged = s_.keys + i * steps * kTileWords;
-      for (int step = 0; step < steps; ++step) {
-        const int64_t d = step * 2 * kLanes;
+  // Of a group of rows: scores [32 keys][16 rows], then bf16 probabilities [16 rows][32 keys].
+  float* tile_of(int g, int t) { return s_.p + (g * kTiles + t) * kPanels * kTileWords; }
+
+  // `even`: sixteen keys of the cache lie in one page.
+  void score_tile(int h, int t, int groups, bool even, Ahead<C>& ahead) {
+    const C* const* keys = rows_of_[t].keys();
+    Panels panels{{}, a_.k_cache.slot_stride * static_cast<int64_t>(sizeof(C)), 64};
+    if (!even) panels.key_stride = 64, panels.step = kTileWords * sizeof(float);
+    float* staged = s_.keys;
+    for (int i = 0; i < kPanels; ++i, keys += kLanes) {
+      panels.first[i] =
+          even ? reinterpret_cast<const char*>(keys[0]) : reinterpret_cast<const char*>(staged);
+      for (int64_t d = 0; !even && d < stride_; d += 2 * kLanes) {
         const __mmask32 mask = first_elements(dim_ - d);
-        for (int j = 0; j < kLanes; ++j) {
-          _mm512_store_si512(staged + step * kTileWords + j * kLanes, load_words(row[j] + d, mask));
+        for (int j = 0; j < kLanes; ++j, staged += kLanes) {
+          _mm512_store_si512(staged, load_words(keys[j] + d, mask));
         }
       }
-      panels[i] = {reinterpret_cast<const char*>(staged), 64, 4 * kTileWords};
     }
-    for (int g = 0; g < groups; ++g) {
-      const float* q = query_tiles(h, g);
-      tile_zero<0>();
-      tile_zero<1>();
-      for (int step = 0; step < steps; ++step) {
-        tile_load<2>(q + step * kTileWords, 64);
-        tile_load<3>(panels[0].first + step * panels[0].step, panels[0].key_stride);
-        tile_dot<0, 3, 2>();
-        tile_load<3>(panels[1].first + step * panels[1].step, panels[1].key_stride);
-        tile_dot<1, 3, 2>();
-      }
-      tile_store<0>(s_.p + g * kPanels * kTileWords, 64);
-      tile_store<1>(s_.p + (g * kPanels + 1) * kTileWords, 64);
-    }
+    int g = 0;
+    for (; g + 2 <= groups; g += 2) score_groups<2>(h, g, t, panels, ahead);
+    if (g < groups) score_groups<1>(h, g, t, panels, ahead);
   }
 
-  // As update_softmax, with a query row per lane. Leaves p as [16 rows][32 keys] of bf16 and scales
-  // what came before. In passing asks for the rows of the next tile.
-  void update_softmax_tile(int h, int g, bool whole, const Rows* next) {
-    const F32x16 scale = broadcast(p_.scale * k_scale(h) * (p_.softcap > 0.0f ? 1.0f : kLog2E));
-    const int first = g * kLanes, count = std::min(rows_ - first, kLanes);
-    float *max = s_.max + h * max_stride_ + first, *sum = s_.sum + h * max_stride_ + first;
-    float* p = s_.p + g * kPanels * kTileWords;
-    __m512i seen = _mm512_set1_epi32(-1);
-    if (!whole) seen = _mm512_maskz_loadu_epi32(first_lanes(count).v, s_.seen + first);
-    F32x16 best = broadcast(-kInfinity);
-    for (int j = 0; j < kTile; ++j) {
-      if (next) prefetch_row<true>(next->keys[j], dim_);
-      F32x16 x = load(p + j * kLanes) * scale;
-      if (p_.softcap > 0.0f) {
-        x = broadcast(p_.softcap * kLog2E) * tanh(x / broadcast(p_.softcap));
-      }
-      const __m512i key = _mm512_set1_epi32(static_cast<int>(KeyBits{1} << j));
-      x = select({_mm512_test_epi32_mask(seen, key)}, x, broadcast(-kInfinity));
-      store(p + j * kLanes, x);
-      best = cpu::max(best, x);
+  struct Panels {  // sixteen keys each
+    const char* first[kPanels];
+    int64_t key_stride, step;  // bytes, from key to key and from 32 dims to the next
+  };
+
+  template <int G>
+  void score_groups(int h, int g, int t, const Panels& panels, Ahead<C>& ahead) {
+    const int64_t steps = stride_ / (2 * kLanes), group = steps * kTileWords;
+    const float* q = query_tiles(h, g);
+    repeat<kPanels * G>([]<int i>() { tile_zero<i>(); });
+    for (int64_t step = 0; step < steps; ++step, q += kTileWords) {
+      repeat<G>([&]<int i>() { tile_load<4 + i>(q + i * group, 64); });
+      repeat<kPanels>([&]<int panel>() {
+        ahead.portion();
+        tile_load<6 + panel>(panels.first[panel] + step * panels.step, panels.key_stride);
+        repeat<G>([&]<int i>() { tile_dot<i * kPanels + panel, 6 + panel, 4 + i>(); });
+      });
     }
-    const F32x16 old = load(max), now = cpu::max(old, best);
+    repeat<kPanels * G>([&]<int i>() {
+      tile_store<i>(tile_of(g + i / kPanels, t) + i % kPanels * kTileWords, 64);
+    });
+  }
+
+  // As update_softmax, with a query row per lane, for all tiles of a step; scales what came before.
+  template <bool plain>
+  void update_softmax_tiles(int h, int g, int count, const Seen* seen, Ahead<C>& ahead) {
+    const F32x16 scale = broadcast(p_.scale * k_scale(h) * (p_.softcap > 0.0f ? 1.0f : kLog2E));
+    const int first = g * kLanes, rows = std::min(rows_ - first, kLanes);
+    float *max = s_.max + h * max_stride_ + first, *sum = s_.sum + h * max_stride_ + first;
+    constexpr int kChains = 4;
+    F32x16 best[kChains];
+    for (F32x16& x : best) x = broadcast(-kInfinity);
+    for (int t = 0; t < count; ++t) {
+      float* p = tile_of(g, t);
+      __m512i bits = _mm512_set1_epi32(-1);
+      if (seen[t].all != ~KeyBits{0}) {
+        bits = _mm512_maskz_loadu_epi32(first_lanes(rows).v, s_.seen[t] + first);
+      }
+      for (int j = 0; j < kTile; j += kChains) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i, p += kLanes) {
+          F32x16 x = load(p) * scale;
+          if constexpr (!plain) {
+            if (p_.softcap > 0.0f) {
+              x = broadcast(p_.softcap * kLog2E) * tanh(x / broadcast(p_.softcap));
+            }
+            const __m512i key = _mm512_set1_epi32(static_cast<int>(KeyBits{1} << (j + i)));
+            x = select({_mm512_test_epi32_mask(bits, key)}, x, broadcast(-kInfinity));
+          }
+          store(p, x);
+          best[i] = cpu::max(best[i], x);
+        }
+      }
+    }
+    const F32x16 old = load(max),
+                 top = cpu::max(cpu::max(best[0], best[1]), cpu::max(best[2], best[3]));
+    const F32x16 now = cpu::max(old, top);
     const F32x16 base = select(now == broadcast(-kInfinity), zero(), now);
     const F32x16 keep = exp2_nonpositive(old - base);
     store(max, now);
     F32x16 total = load(sum) * keep;
-    __m512i words[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      if (next) {
-        prefetch_row<true>(next->values[2 * j], dim_);
-        prefetch_row<true>(next->values[2 * j + 1], dim_);
+    for (int t = 0; t < count; ++t) {
+      float* p = tile_of(g, t);
+      __m512i words[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        if (j % 2 == 0) ahead.portion();
+        const F32x16 x = exp2_nonpositive(load(p + 2 * j * kLanes) - base);
+        const F32x16 y = exp2_nonpositive(load(p + (2 * j + 1) * kLanes) - base);
+        total = total + (x + y);
+        words[j] = interleave((__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
       }
-      const F32x16 x = exp2_nonpositive(load(p + 2 * j * kLanes) - base);
-      const F32x16 y = exp2_nonpositive(load(p + (2 * j + 1) * kLanes) - base);
-      total = total + x + y;
-      words[j] = interleave((__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
+      transpose16(words);
+      for (int r = 0; r < kLanes; ++r) _mm512_store_si512(p + r * kLanes, words[r]);
     }
     store(sum, total);
-    transpose16(words);
-    for (int r = 0; r < kLanes; ++r) _mm512_store_si512(p + r * kLanes, words[r]);
 
-    const uint32_t same = to_bits(keep == broadcast(1.0f)), used = to_bits(first_lanes(count));
+    const uint32_t same = to_bits(keep == broadcast(1.0f)), used = to_bits(first_lanes(rows));
     if ((used & ~same) == 0) return;
     float factor[kLanes];
     store(factor, keep);
     float* out = s_.out + (h * out_rows_ + first) * stride_;
-    for (int r = 0; r < count; ++r) {
+    for (int r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < stride_; d += kLanes, out += kLanes) {
         store(out, load(out) * broadcast(factor[r]));
       }
@@ -1246,35 +1314,54 @@ class Item {
     return _mm512_permutexvar_epi16(_mm512_add_epi32(both, _mm512_set1_epi32(16 << 16)), halves);
   }
 
-  // s_.values = pairs of keys' values, in the order of ValueWords: [stride_ / 16][16 pairs][16].
-  void pack_values(const C* const* values) {
-    for (int64_t d = 0; d < stride_; d += 2 * kLanes) {
+  // Adds p . values to the outputs of G groups of rows.
+  template <int G>
+  void add_value_tiles(int g, int count, const C* const* const* values, float* out,
+                       Ahead<C>& ahead) {
+    int64_t d = 0;
+    if constexpr (G == 1) {
+      for (; d + 4 * kLanes <= stride_; d += 4 * kLanes) {
+        add_value_block<1, 4>(g, count, values, d, out + d, ahead);
+      }
+    }
+    for (; d < stride_; d += 2 * kLanes) {
+      add_value_block<G, 2>(g, count, values, d, out + d, ahead);
+    }
+  }
+
+  // Of sixteen dims D times. The next tile's values are packed before this one's are multiplied:
+  // what was just stored is slow to load as a tile.
+  template <int G, int D>
+  void add_value_block(int g, int count, const C* const* const* values, int64_t d, float* out,
+                       Ahead<C>& ahead) {
+    const int64_t row_bytes = stride_ * sizeof(float);
+    const auto at = [&](int i) { return out + i / D * kLanes * stride_ + i % D * kLanes; };
+    const auto packed = [&](int t) { return s_.values + t % 2 * D * 2 * kTileWords; };
+    repeat<G * D>([&]<int i>() { tile_load<i>(at(i), row_bytes); });
+    pack_values<D>(values[0], d, packed(0), ahead);
+    for (int t = 0; t < count; ++t) {
+      if (t + 1 < count) pack_values<D>(values[t + 1], d, packed(t + 1), ahead);
+      repeat<G>([&]<int i>() { tile_load<4 + i>(tile_of(g + i, t), 64); });
+      repeat<D>([&]<int j>() {
+        tile_load<6 + j % 2>(packed(t) + j * 2 * kTileWords, 64);
+        repeat<G>([&]<int i>() { tile_dot<i * D + j, 4 + i, 6 + j % 2>(); });
+      });
+    }
+    repeat<G * D>([&]<int i>() { tile_store<i>(at(i), row_bytes); });
+  }
+
+  // Pairs of keys' values from dim d on, in the order of ValueWords: [D][16 pairs][16].
+  static constexpr int kPacks = 4;  // portions per 32 dims
+  template <int D>
+  void pack_values(const C* const* values, int64_t d, BF16* tile, Ahead<C>& ahead) {
+    for (int i = 0; i < D; i += 2, d += 2 * kLanes, tile += 2 * kTileWords) {
       const __mmask32 mask = first_elements(dim_ - d);
-      BF16* tile = s_.values + d * 2 * kLanes;
       for (int j = 0; j < kLanes; ++j, tile += 2 * kLanes) {
+        if (j % (kLanes / kPacks) == 0) ahead.portion();
         const __m512i a = load_words(values[2 * j] + d, mask);
         const __m512i b = load_words(values[2 * j + 1] + d, mask);
         _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, b));
         _mm512_store_si512(tile + 2 * kTileWords, _mm512_unpackhi_epi16(a, b));
-      }
-    }
-  }
-
-  // Adds p . values to the outputs of a group of rows, or to those of one row of it.
-  void add_value_tiles(int h, int g, int only) {
-    float* out = s_.out + (h * out_rows_ + g * kLanes) * stride_;
-    const int64_t row_bytes = stride_ * sizeof(float);
-    tile_load<4>(s_.p + g * kPanels * kTileWords, 64);
-    for (int64_t d = 0; d < stride_; d += kLanes) {
-      tile_load<5>(out + d, row_bytes);
-      tile_load<2>(s_.values + d * 2 * kLanes, 64);
-      tile_dot<5, 4, 2>();
-      if (only < 0) {
-        tile_store<5>(out + d, row_bytes);
-      } else {
-        alignas(64) float sums[kTileWords];
-        tile_store<5>(sums, 64);
-        store(out + only * stride_ + d, load(sums + only * kLanes));
       }
     }
   }
@@ -1286,9 +1373,9 @@ class Item {
   int64_t b_, first_token_, head_, group_, count_, first_row_, dim_, words_, stride_, length_;
   int64_t begin_ = 0, end_ = 0, all_begin_ = 0, all_end_ = 0;
   int heads_, rows_, max_stride_, out_rows_ = 0;
-  int turn_ = 0;
-  Rows rows_of_[2];  // of this turn and the next
-  Rows coming_;      // of the next tile's first head
+  Rows<C> rows_of_[kTiles];  // of the head at hand
+  Rows<C> coming_[kTiles];   // of the next step's first head
+  int coming_count_ = 0;
 };
 
 // Rows that belong to no request, or lie behind max_q_len, or before the first request.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if MTP_ISA_LEVEL >= 1
 #include <immintrin.h>
@@ -44,12 +45,11 @@ class Tiles;
 
 #if MTP_ISA_LEVEL >= 4
 
-// The calling thread's tile registers while this lives: all have rows of 64 bytes, 0 to 3 sixteen
-// of them and 4 to 7 as many as asked for. Contents and configuration do not survive a call into
-// a library that has tiles of its own.
+// The calling thread's tile registers while this lives, all of sixteen rows of 64 bytes. Contents
+// and configuration do not survive a call into a library that has tiles of its own.
 class Tiles {
  public:
-  explicit Tiles(int upper_rows = 16) {
+  Tiles() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -58,7 +58,7 @@ class Tiles {
     static_assert(sizeof(config) == 64);
     for (int t = 0; t < 8; ++t) {
       config.row_bytes[t] = 64;
-      config.rows[t] = static_cast<uint8_t>(t < 4 ? 16 : upper_rows);
+      config.rows[t] = 16;
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -66,6 +66,14 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
+
+// Calls body.operator()<i>() for i < n: registers are numbered at compile time.
+template <int n, typename Body>
+[[gnu::always_inline]] inline void repeat(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (body.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, n>{});
+}
 
 // The instructions as such: GCC's intrinsics take no template argument for a register's number and
 // do not say that they read memory.

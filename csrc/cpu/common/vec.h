@@ -203,6 +203,9 @@ inline Mask16 mask_from_bits(uint32_t bits) { return {static_cast<__mmask16>(bit
 inline F32x16 round_to_int(F32x16 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+inline F32x16 floor(F32x16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
 inline F32x16 pow2i(F32x16 n) {
   const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
@@ -279,6 +282,7 @@ inline F32x16 round_to_int(F32x16 a) {
   constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
 }
+inline F32x16 floor(F32x16 a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
 // 2^n for integral n in [-127, 127]; 2^-127 flushes to 0.
 inline F32x16 pow2i(F32x16 n) {
   const auto half = [](__m256 x) {
@@ -366,6 +370,9 @@ inline uint32_t to_bits(Mask16 m) { return m.bits; }
 inline Mask16 mask_from_bits(uint32_t bits) { return {bits & 0xffff}; }
 inline F32x16 round_to_int(F32x16 a) {
   return lanes([&](int i) { return std::nearbyintf(a.v[i]); });
+}
+inline F32x16 floor(F32x16 a) {
+  return lanes([&](int i) { return std::floor(a.v[i]); });
 }
 // 2^n for integral n in [-127, 127]; 2^-127 flushes to 0.
 inline F32x16 pow2i(F32x16 n) {

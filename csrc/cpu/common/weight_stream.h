@@ -710,13 +710,6 @@ void widen_rows(const W* w, int64_t stride, int64_t n, int64_t k, X* out) {
 
 #if MTP_ISA_LEVEL >= 4
 
-template <int n, typename Body>
-[[gnu::always_inline]] inline void repeat(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (body.template operator()<i>(), ...);
-  }(std::make_integer_sequence<int, n>{});
-}
-
 // out[m * kTileWidth + n] = dot(weight row n, activation row m) + starts[m] for n < rows and the kG
 // groups of activation rows from x, which lie `group` elements apart. Accumulators are the tile
 // registers up to 3; kR more hold weight rows, and the last one activations.
