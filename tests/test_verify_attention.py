@@ -157,6 +157,21 @@ def test_f32(backend, name):
     check(backend, make_case(**F32_CASES[name], dtype=torch.float32))
 
 
+# Steps of several tiles: rows of all groups of sixteen, and keys that only some tiles hide.
+LONG_CASES = {
+    "rows68": dict(lens=(300,), q_lens=(17,), heads=(4, 1)),
+    "rows36-dim96": dict(lens=(250,), q_lens=(9,), heads=(4, 1), dim=96),
+    "window": dict(lens=(300, 131), q_lens=(6, 3), heads=(6, 2), window=150),
+    "tree": dict(lens=(150, 126), q_lens=(4, 5), tree_mask=TREE),
+    "fp8-new-tiles": dict(lens=(120,), q_lens=(40,), heads=(2, 1), cache_dtype=FP8, window=70),
+}
+
+
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_long_contexts(backend, name):
+    check(backend, make_case(**LONG_CASES[name]))
+
+
 def test_several_splits(backend):
     lens = (2100, 5) if backend.name != "ptxsim" else (1030, 5)
     case = make_case(lens, (3, 1), heads=(2, 1), page=64)
@@ -329,9 +344,10 @@ def test_pages_before_the_window_are_not_read(backend):
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
+@pytest.mark.parametrize("lens", [(37, 62), (150, 126)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_token_spoils_only_rows_that_see_it(backend, value):
-    clean = make_case((37, 62), (4, 5), tree_mask=TREE)
+def test_a_bad_token_spoils_only_rows_that_see_it(backend, value, lens):
+    clean = make_case(lens, (4, 5), tree_mask=TREE)
     bad = clean.on("cpu")
     bad.k[6] = value  # the second request's token 2: seen by itself only
     bad.v[6] = value
