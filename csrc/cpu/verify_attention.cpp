@@ -1147,16 +1147,16 @@ class Item {
 
   void attend_head_tiles(Step step, int h, const Seen* seen) {
     const int groups = max_stride_ / kLanes, chunks = static_cast<int>(stride_ / (2 * kLanes));
-    const bool partly_new = step.first + step.count * kTile > length_;
-    bool whole = true, even = !partly_new && std::is_same_v<C, BF16> && dim_ == stride_ &&
-                              a_.table.page_size % kLanes == 0;
-    for (int t = 0; t < step.count; ++t) {
-      whole &= seen[t].all == ~KeyBits{0};
-      even &= rows_of_[t].valid == ~KeyBits{0};
-    }
+    const bool in_place =
+        std::is_same_v<C, BF16> && dim_ == stride_ && a_.table.page_size % kLanes == 0;
     Ahead<C> ahead = ahead_of(
         h, step.count * (kLanes / 2 * groups + (kPanels + kPacks) * chunks * ceil_div(groups, 2)));
-    for (int t = 0; t < step.count; ++t) score_tile(h, t, groups, even, ahead);
+    bool whole = true;
+    for (int t = 0; t < step.count; ++t) {
+      const bool cached = step.first + (t + 1) * kTile <= length_;
+      score_tile(h, t, groups, in_place && cached && rows_of_[t].valid == ~KeyBits{0}, ahead);
+      whole &= seen[t].all == ~KeyBits{0};
+    }
     for (int g = 0; g < groups; ++g) {
       if (whole && !(p_.softcap > 0.0f)) {
         update_softmax_tiles<true>(h, g, step.count, seen, ahead);
