@@ -105,7 +105,7 @@ def test_lane_operations(probe):
         y = torch.where(torch.rand(16, generator=generator) < 0.2, x, x.flip(0))
         x[trial % 16] = float("nan") if trial % 3 == 0 else x[trial % 16]
         count = trial % 17
-        out, bits = torch.empty(17 * 16 + 2), torch.empty(2, dtype=torch.int32)
+        out, bits = torch.empty(18 * 16 + 2), torch.empty(2, dtype=torch.int32)
         probe.lanes(pointer(x), pointer(y), ctypes.c_int64(count), pointer(out), pointer(bits))
         first = torch.arange(16) < count
         nearest = x.round()
@@ -114,9 +114,9 @@ def test_lane_operations(probe):
             torch.where(x > y, x, y), torch.where(x < y, x, y), x.abs(), nearest, None, None,
             torch.where(x < y, x, y), torch.where(x <= y, x, y),
             torch.where(x == y, x, torch.zeros(())), x.nan_to_num(0.0),
-            torch.where(first, x, torch.tensor(-1.0)), torch.where(first, x, y),
+            torch.where(first, x, torch.tensor(-1.0)), torch.where(first, x, y), x.floor(),
         ]  # fmt: skip
-        rows = out[:-2].view(17, 16)
+        rows = out[:-2].view(18, 16)
         for i, value in enumerate(expected):
             if value is not None:
                 assert same(rows[i], value), i

@@ -30,7 +30,7 @@ void narrow_bf16(const float* in, BF16* v, BF16* s, int64_t n) { narrow(in, v, s
 void narrow_f16(const float* in, F16* v, F16* s, int64_t n) { narrow(in, v, s, n); }
 void narrow_e4m3(const float* in, F8E4M3* v, F8E4M3* s, int64_t n) { narrow(in, v, s, n); }
 
-// Seventeen results of sixteen lanes for one pair of vectors, then four scalars.
+// Eighteen results of sixteen lanes for one pair of vectors, then four scalars.
 void lanes(const float* a, const float* b, int64_t count, float* out, uint32_t* bits) {
   const F32x16 x = load(a), y = load(b);
   const F32x16 results[] = {x + y,
@@ -49,7 +49,8 @@ void lanes(const float* a, const float* b, int64_t count, float* out, uint32_t* 
                             select(x == y, x, zero()),
                             select(is_nan(x), zero(), x),
                             load_partial(a, count, -1.0f),
-                            select(first_lanes(count), x, y)};
+                            select(first_lanes(count), x, y),
+                            floor(x)};
   for (const F32x16& r : results) {
     store(out, r);
     out += kLanes;
