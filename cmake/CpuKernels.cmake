@@ -10,7 +10,7 @@ set(_isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(_isa_flags_avx512 ${_isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
                       -mprefer-vector-width=512)
 set(_isa_flags_avx512_bf16 ${_isa_flags_avx512} -mavx512bf16 -mavx512vbmi)
-set(_isa_flags_amx ${_isa_flags_avx512_bf16} -mamx-tile -mamx-bf16)
+set(_isa_flags_amx ${_isa_flags_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8)
 
 function(mtp_cpu_kernels target)
   set(levels generic)

@@ -349,9 +349,10 @@ def skinny_linear(
     """x @ weight.T * weight_scale + bias, made for the few rows of a decoding step.
 
     Every weight byte is read once for up to 64 rows of x; more rows run in blocks of 64. Products
-    are accumulated in f32, scale and bias applied to the sum, which is rounded once. A row's result
-    does not depend on M or on the other rows, at any M: a forward over k + 1 tokens gives the bits
-    of k + 1 forwards over one.
+    are accumulated in f32, scale and bias applied to the sum, which is rounded once. (CPUs with AMX
+    multiply int8 by bf16 in integers, exactly but for what is below 2^-23 of the largest element
+    of x's row; a row that is not finite becomes NaN.) A row's result does not depend on M or on the
+    other rows, at any M: a forward over k + 1 tokens gives the bits of k + 1 forwards over one.
 
     Args:
         x: f32, f16 or bf16 [M, K]; rows may be strided.

@@ -11,6 +11,7 @@ from projections import (
     assert_near_floor,
     assert_streams_once,
     eager_weight,
+    error,
     make_weight,
     normal,
     padded,
@@ -81,6 +82,42 @@ def test_special_weights_of_e4m3(backend):
     has_nan = w.float().isnan().any(1)
     assert torch.equal(got[:, ~has_nan], clean.T[:, ~has_nan])
     assert got[:, has_nan].isnan().all()
+
+
+def test_int8_with_rows_of_any_range(backend):
+    """Elements far below their row's largest, rows near both ends of bf16, and rows that are not
+    finite."""
+    w, scale = make_weight(50, 128, torch.int8)
+    w[:, 7] = 0  # nothing hides what the largest element leaves
+    x = normal(8, 128)
+    x[0, 7], x[1, 7] = 2.0**14, -(2.0**18)
+    x[2] *= 2.0 ** torch.linspace(0, -20, 128)
+    x[3] *= 1e-34
+    x[4] *= 1e34
+    x[5] = 0.0
+    x[5, 0] = 255 / 128  # the largest there is of its exponent
+    x[6, 3], x[7, 9] = float("inf"), float("nan")
+    x = x.to(torch.bfloat16)
+    got = backend.ops.skinny_linear(
+        x.to(backend.device), w.to(backend.device), weight_scale=scale.to(backend.device)
+    ).cpu()
+    exact = x.double() @ (w.double() * scale.double()[:, None]).T
+    for row in (0, 2, 3, 4, 5):
+        assert error(got[row], exact[row]) <= 2.0**-8 * exact[row].abs().max()
+    # Elements of size 1 beside one of 2^18: integers of 23 bits end at 2^-4.
+    assert error(got[1], exact[1]) <= 0.05 * exact[1].abs().max()
+    assert not got[6:].isfinite().any()
+
+
+@pytest.mark.parametrize("k", [2**17 - 1, 2**17])
+def test_int8_sums_as_far_as_integers_reach(k):
+    """With AMX: 2^7 times 2^7 in every place, one place short of 2^31, and as many."""
+    w = torch.full((3, k), -128, dtype=torch.int8)
+    x = torch.full((2, k), -(2.0**-6), dtype=torch.bfloat16)
+    x[:, 0] = 1.0
+    got = ops.skinny_linear(x, w, weight_scale=torch.ones(3))
+    exact = 2.0 * (k - 1) - 128.0
+    assert (got.double() - exact).abs().max() <= 2.0**-8 * exact
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -62,7 +62,7 @@ void run(const EhProjParams& p, const W* weight) {
 void launch_eh_proj(const EhProjParams& p) {
   with_float_type(p.weight_dtype, [&]<typename W>(W) {
     const auto* weight = static_cast<const W*>(p.weight);
-    with_packed_type<W>(p.dtype, [&]<typename X>(X) { run<W, X>(p, weight); });
+    with_packed_type<W>(p.dtype, 2 * p.h, [&]<typename X>(X) { run<W, X>(p, weight); });
   });
 }
 

@@ -176,7 +176,7 @@ class HeadTopk {
 
 void launch_head_topk(const HeadTopkParams& p) {
   with_weight_type(p.weight_dtype, p.weight, [&]<typename W>(const W* weight) {
-    with_packed_type<W>(p.dtype, [&]<typename X>(X) { HeadTopk<W, X>(p, weight).run(); });
+    with_packed_type<W>(p.dtype, p.h, [&]<typename X>(X) { HeadTopk<W, X>(p, weight).run(); });
   });
 }
 

@@ -40,7 +40,7 @@ void run(const SkinnyLinearParams& p, const W* weight) {
 
 void launch_skinny_linear(const SkinnyLinearParams& p) {
   with_weight_type(p.weight_dtype, p.weight, [&]<typename W>(const W* weight) {
-    with_packed_type<W>(p.dtype, [&]<typename X>(X) { run<W, X>(p, weight); });
+    with_packed_type<W>(p.dtype, p.k, [&]<typename X>(X) { run<W, X>(p, weight); });
   });
 }
 

@@ -267,7 +267,7 @@ class MtpLossLoop {
   void stream_logits(int64_t n, const float* x, float* logits) const {
     const auto* weight = static_cast<const BF16*>(p_.weight);
     parallel_for(p_.v, kTileWidth, [&](int64_t begin, int64_t end, int) {
-      with_packed_type<BF16>(p_.dtype, [&]<typename X>(X) {
+      with_packed_type<BF16>(p_.dtype, p_.h, [&]<typename X>(X) {
         for (int64_t first = 0; first < n; first += kMaxRows) {
           const PackedRows<BF16, X> packed(std::min<int64_t>(kMaxRows, n - first), p_.h,
                                            [&](int64_t row, float* out) {

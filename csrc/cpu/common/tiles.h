@@ -39,6 +39,16 @@ inline namespace MTP_ISA {
   }
 }
 
+// In each quarter: r[i] word j becomes r[j] word i.
+[[gnu::always_inline]] inline void transpose_quarters(__m512i r[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm512_unpacklo_epi64(a, c);
+  r[1] = _mm512_unpackhi_epi64(a, c);
+  r[2] = _mm512_unpacklo_epi64(b, d);
+  r[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 #endif
 
 class Tiles;
@@ -93,6 +103,11 @@ template <int tile>
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+// The same of four signed bytes and 32-bit sums.
+template <int c, int a, int b>
+[[gnu::always_inline]] inline void tile_dot_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
 #endif
