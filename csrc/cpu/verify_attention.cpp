@@ -308,11 +308,12 @@ constexpr int kPiece = 8;  // steps of a product between two portions
 template <typename C>
 class Ahead {
  public:
-  // Rows [first, last) of some tiles, so many elements of each from `offset` on, in so many
+  // Rows [first, last) of so many tiles, so many elements of each from `offset` on, in so many
   // portions.
-  Ahead(const Rows<C>* tiles, int first, int last, int64_t offset, int64_t elements,
+  Ahead(const Rows<C>* tiles, int count, int first, int last, int64_t offset, int64_t elements,
         int64_t portions)
       : tiles_(tiles),
+        count_(count),
         row_(first),
         end_(last),
         offset_(offset),
@@ -332,12 +333,14 @@ class Ahead {
  private:
   static constexpr int64_t kPart = 512;
 
+  // A part of the same row of every tile: with AMX, four streams side by side come 5 to 20% faster
+  // than one after the other.
   void ask() {
-    const C* row = tiles_[row_ / (2 * kTile)].row[row_ % (2 * kTile)];
-    const char* from = reinterpret_cast<const char*>(row + offset_) + done_;
-    const char* to = from + std::min(kPart, bytes_ - done_);
-#pragma GCC unroll 2
-    for (; from < to; from += 64) prefetch(from);
+    const int64_t from = done_, to = std::min(from + kPart, bytes_);
+    for (int t = 0; t < count_; ++t) {
+      const char* row = reinterpret_cast<const char*>(tiles_[t].row[row_] + offset_);
+      for (int64_t i = from; i < to; i += 64) prefetch(row + i);
+    }
     done_ += kPart;
     if (done_ < bytes_) return;
     done_ = 0;
@@ -345,7 +348,7 @@ class Ahead {
   }
 
   const Rows<C>* tiles_;
-  int row_, end_;
+  int count_, row_, end_;
   int64_t offset_, bytes_, portions_, parts_, due_ = 0, done_ = 0;
 };
 
@@ -899,11 +902,12 @@ class Item {
   // memory: where the heads of a slot are neighbours, some slots of all heads, which on Zen 3 come
   // a quarter to a third faster than all slots of one head.
   Ahead<C> ahead_of(int h, int64_t portions) const {
-    const int all = 2 * kTile * coming_count_;
+    constexpr int all = 2 * kTile;
     if (a_.k_cache.head_stride != dim_) {
-      return {coming_, 0, all, h * a_.k_cache.head_stride, dim_, portions};
+      return {coming_, coming_count_, 0, all, h * a_.k_cache.head_stride, dim_, portions};
     }
-    return {coming_, all * h / heads_, all * (h + 1) / heads_, 0, heads_ * dim_, portions};
+    const int first = all * h / heads_, last = all * (h + 1) / heads_;
+    return {coming_, coming_count_, first, last, 0, heads_ * dim_, portions};
   }
 
   // How many times both products ask, for one head.
