@@ -119,9 +119,9 @@ class HeadTopk {
       }
       sums[m].raise(reduce_max(highest));
       const F32x16 base = broadcast(ExpSum::base(sums[m].max));
-      for (int64_t j = 0; j < count; j += kLanes) {
-        sums[m].sum = sums[m].sum + exp(load(logits + j) - base);
-      }
+      F32x16 sum = sums[m].sum;
+      for (int64_t j = 0; j < count; j += kLanes) sum = sum + exp(load(logits + j) - base);
+      sums[m].sum = sum;
     }
   }
 

@@ -492,8 +492,14 @@ inline float reduce_max(F32x16 a) {
 
 // e^x to 1 ulp or so for x in [-87, 88]; 0 below, +inf above, NaN stays NaN.
 inline F32x16 exp(F32x16 x) {
+#if MTP_ISA_LEVEL >= 2
+  const F32x16 any = x;
+  x = min(broadcast(89.0f), max(broadcast(-88.0f), x));  // the second operand, if that is NaN
+  const F32x16 n = round_to_int(x * broadcast(1.44269504088896341f));
+#else
   const F32x16 n = round_to_int(
       min(max(x * broadcast(1.44269504088896341f), broadcast(-126.0f)), broadcast(127.0f)));
+#endif
   F32x16 r = fmadd(n, broadcast(-0.693359375f), x);
   r = fmadd(n, broadcast(2.12194440e-4f), r);
   F32x16 y = broadcast(1.9875691500e-4f);
@@ -502,10 +508,16 @@ inline F32x16 exp(F32x16 x) {
   y = fmadd(y, r, broadcast(4.1665795894e-2f));
   y = fmadd(y, r, broadcast(1.6666665459e-1f));
   y = fmadd(y, r, broadcast(5.0000001201e-1f));
-  y = fmadd(y, r * r, r + broadcast(1.0f)) * pow2i(n);
+  y = fmadd(y, r * r, r + broadcast(1.0f));
+#if MTP_ISA_LEVEL >= 2
+  const __mmask16 normal = _mm512_cmp_ps_mask(any.v, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, y.v, n.v)};
+#else
+  y = y * pow2i(n);
   y = select(x < broadcast(-87.3f), zero(), y);
   y = select(x > broadcast(88.72f), broadcast(std::numeric_limits<float>::infinity()), y);
   return select(is_nan(x), x, y);
+#endif
 }
 
 // tanh to about 2 ulp: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
