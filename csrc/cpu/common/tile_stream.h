@@ -11,7 +11,8 @@
 // A stream of short rows, read in the order of memory, is too little for the memory: what the
 // hardware asks for ahead ends with the page. So a tile's rows are not neighbours. Each reads from
 // a run of rows of its own, and tiles take the runs' first rows, their second rows, and so on:
-// thirty-two streams side by side. Sums are stored where their weight row has its place.
+// thirty-two streams side by side, sixteen of e4m3. Sums are stored where their weight row has its
+// place.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +30,9 @@ namespace mtp::cpu {
 inline namespace MTP_ISA {
 
 // Activations as integers of three bytes, with a power of two for each row.
-struct FixedPoint {};
+struct FixedPoint {
+  static constexpr int64_t kMaxK = (int64_t{1} << 17) - 1;  // 2^7 * 2^7 * k < 2^31
+};
 
 template <typename W, typename X>
 class PackedRows;
@@ -37,8 +40,7 @@ class PackedRows;
 constexpr int kTileSide = 16;
 
 template <typename W, typename X>
-constexpr bool kInTiles =
-    MTP_ISA_LEVEL >= 4 && (std::is_same_v<X, BF16> || std::is_same_v<X, FixedPoint>);
+constexpr bool kInTiles = MTP_ISA_LEVEL >= 4 && !std::is_same_v<X, float>;
 
 #if MTP_ISA_LEVEL >= 4
 
@@ -82,7 +84,6 @@ struct TileOperand<int8_t, FixedPoint> {
   using Sum = int32_t;
   static constexpr int kStep = 64, kParts = 1, kColumns = 3;
   static constexpr bool kStaged = false;
-  static constexpr int64_t kMaxK = (int64_t{1} << 17) - 1;  // 2^7 * 2^7 * k < 2^31
 
   template <int c, int a, int b>
   static void dot() {
@@ -208,7 +209,8 @@ constexpr int kMaxGroups = 4 / kRowTiles<Operand>;
 
 // sums[(g * group_rows + row * pitch) * kTileSide + column] = the dot product of weight row `row`
 // with that column of group g, for row < kRowTiles * kTileSide and g < kG. Of fewer weight rows the
-// last one is repeated. Accumulators are the tile registers up to 3, weights the two after those.
+// last one is repeated. Accumulators are the tile registers up to 3; two for weights follow, and
+// two for activations.
 template <typename Operand, int kG, typename W>
 [[gnu::noinline]] void dot_tiles(const W* w, int64_t stride, int64_t rows, int64_t k, const char* x,
                                  int64_t group_bytes, typename Operand::Sum* sums, int64_t pitch,

@@ -274,9 +274,9 @@ struct Operand<F8E4M3, BF16> : ByteOperand {
   }
 };
 
-// (AMX multiplies int8 as such: tile_stream.h.) An int8 v is looked up as v + 1/2, whose magnitude
-// is the same for v and for its complement and has eight bits; sums start at minus what the halves
-// will add.
+#if MTP_ISA_LEVEL == 3
+// An int8 v is looked up as v + 1/2, whose magnitude is the same for v and for its complement and
+// has eight bits; sums start at minus what the halves will add.
 template <>
 struct Operand<int8_t, BF16> : ByteOperand {
   static constexpr bool kStarts = true;
@@ -289,6 +289,7 @@ struct Operand<int8_t, BF16> : ByteOperand {
   }
   static Part minus_half() { return reinterpret_cast<Part>(_mm512_set1_epi16(-0x4100)); }
 };
+#endif
 
 #endif
 

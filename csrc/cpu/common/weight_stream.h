@@ -406,14 +406,10 @@ void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
 template <typename W, typename Body>
 void with_packed_type([[maybe_unused]] DType activations, [[maybe_unused]] int64_t k,
                       const Body& body) {
-#if MTP_ISA_LEVEL >= 4
-  if constexpr (std::is_same_v<W, int8_t>) {
-    using Operand = TileOperand<W, FixedPoint>;
-    return activations == DType::kBF16 && k <= Operand::kMaxK ? body(FixedPoint{}) : body(float{});
-  }
-#endif
 #if MTP_ISA_LEVEL >= 3
-  if constexpr (!std::is_same_v<W, float> && !std::is_same_v<W, F16>) {
+  if constexpr (MTP_ISA_LEVEL >= 4 && std::is_same_v<W, int8_t>) {
+    if (activations == DType::kBF16 && k <= FixedPoint::kMaxK) return body(FixedPoint{});
+  } else if constexpr (!std::is_same_v<W, float> && !std::is_same_v<W, F16>) {
     if (activations == DType::kBF16) return body(BF16{});
   }
 #endif
