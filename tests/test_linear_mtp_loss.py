@@ -154,11 +154,11 @@ def test_weight_gradient_in_the_callers_buffer(backend, dtype):
         (loss * scale).backward()
         (reference(**exact, weight_grad_accum=exact_buffer)[0] * scale).backward()
     assert case["weight"].grad is None and exact["weight"].grad is None
-    added = (buffer - before).cpu().double()
-    # f32 all the way, whatever the weight's dtype.
-    assert (added - exact_buffer).abs().max() <= (
-        1e-6 if dtype == torch.float32 or backend.name == "cpu" else 4e-3
-    ) * before.abs().max().item()
+    # Products may be of the weight's dtype, the sum is not: in bf16 it would be wrong by 7e-3.
+    allowed = 1e-6 * before.abs().max()
+    if dtype == torch.bfloat16:
+        allowed = allowed + exact_buffer.abs().max() / 2**8
+    assert ((buffer - before).cpu().double() - exact_buffer).abs().max() <= allowed.item()
 
 
 def test_hidden_rows_that_do_not_count_are_never_read(backend):

@@ -1,4 +1,4 @@
-// What the bindings of the training losses share: checks, the f32 product that the CPU kernels
+// What the bindings of the training losses share: checks, the products that the CPU kernels
 // call, and autograd.
 //
 // The gradients of `loss` are computed where the logits are, in the forward call of a private
@@ -34,18 +34,21 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
 }
 
+// A row-major matrix; of `trans`, its transpose lies there.
+inline at::Tensor matrix(const void* p, at::ScalarType type, int64_t rows, int64_t columns,
+                         int64_t stride, bool trans = false) {
+  const at::Tensor t =
+      at::from_blob(const_cast<void*>(p), {trans ? columns : rows, trans ? rows : columns},
+                    {stride, 1}, at::TensorOptions(type));
+  return trans ? t.t() : t;
+}
+
 inline void torch_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a,
                        int64_t a_stride, const float* b, int64_t b_stride, bool accumulate,
                        float* c, int64_t c_stride) {
-  const auto matrix = [](const float* p, int64_t rows, int64_t columns, int64_t stride,
-                         bool trans) {
-    at::Tensor t =
-        at::from_blob(const_cast<float*>(p), {trans ? columns : rows, trans ? rows : columns},
-                      {stride, 1}, at::TensorOptions(at::kFloat));
-    return trans ? t.t() : t;
-  };
-  const at::Tensor x = matrix(a, m, k, a_stride, trans_a), y = matrix(b, k, n, b_stride, trans_b);
-  at::Tensor out = matrix(c, m, n, c_stride, false);
+  const at::Tensor x = matrix(a, at::kFloat, m, k, a_stride, trans_a);
+  const at::Tensor y = matrix(b, at::kFloat, k, n, b_stride, trans_b);
+  at::Tensor out = matrix(c, at::kFloat, m, n, c_stride);
   if (accumulate) {
     at::addmm_out(out, out, x, y);
   } else {
@@ -53,14 +56,12 @@ inline void torch_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t
   }
 }
 
-inline void torch_gemm_bf16(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_stride,
-                            const void* b, int64_t b_stride, void* c, int64_t c_stride) {
-  const auto matrix = [](const void* p, int64_t rows, int64_t columns, int64_t stride) {
-    return at::from_blob(const_cast<void*>(p), {rows, columns}, {stride, 1},
-                         at::TensorOptions(at::kBFloat16));
-  };
-  at::Tensor out = matrix(c, m, n, c_stride);
-  at::mm_out(out, matrix(a, m, k, a_stride), matrix(b, k, n, b_stride));
+inline void torch_gemm_bf16(bool trans_a, int64_t m, int64_t n, int64_t k, const void* a,
+                            int64_t a_stride, const void* b, int64_t b_stride, void* c,
+                            int64_t c_stride) {
+  at::Tensor out = matrix(c, at::kBFloat16, m, n, c_stride);
+  at::mm_out(out, matrix(a, at::kBFloat16, m, k, a_stride, trans_a),
+             matrix(b, at::kBFloat16, k, n, b_stride));
 }
 
 // Which gradients a call of _<op> has to return.

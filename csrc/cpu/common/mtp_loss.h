@@ -3,9 +3,11 @@
 // cache while its few passes run, so beside the products they cost next to nothing.
 //
 // The products are f32 and PyTorch's: logits = x . w^T once per chunk, then grad_weight += g^T . x
-// and grad_x = g . w where they are wanted. Weights of 16 bits are widened a block at a time. Where
-// the processor multiplies bf16 pairs, bf16 logits are the LM head's (weight_stream.h), and grad_x
-// is a sum of bf16 products of blocks; both are twice as fast.
+// and grad_x = g . w where they are wanted. Weights of 16 bits are widened a block at a time.
+//
+// Where the processor multiplies bf16 pairs, bf16 logits are the LM head's (weight_stream.h), in
+// f32. The gradient becomes bf16 where it lies, and its two products are bf16 ones, PyTorch's too:
+// summed in f32 and rounded per chunk and block, then added up in f32.
 #pragma once
 
 #include <algorithm>
@@ -39,13 +41,14 @@ struct Softmax {
 // Where things lie in the workspace.
 struct LossWorkspace {
   static constexpr int64_t kWideBytes = 4 << 20;
+  static constexpr int64_t kChunkRows = 512;  // more do not make the products faster
 
   LossRow* rows;       // [K * T]
   RowResult* results;  // [K * T]
   float* x;            // [chunk, H], later its gradient
   float* logits;       // [chunk, pitch]
-  float* wide;         // [block, H], for weights of 16 bits
-  BF16* narrow;        // [chunk, block], then [chunk, H]: what the bf16 product reads and writes
+  float* wide;         // [block, H], for weights of 16 bits; or bf16 gradients of [2 * block, H]
+  BF16* narrow;        // [chunk, H], what x was, then products
 
   // With a teacher, for the distinct positions of a chunk.
   float* teacher_x;          // [chunk, H]
@@ -59,8 +62,8 @@ struct LossWorkspace {
   LossWorkspace(const MtpLossParams& p, bool teacher_logits) {
     // Rows of a power of two would fall into the same cache sets.
     pitch = round_up(p.v, kVector) + kVector;
-    chunk =
-        loss_chunk_rows(p.k * p.t, pitch * 4 * (teacher_logits ? 2 : 1), kLossChunkBytes, 16, 64);
+    chunk = std::min(kChunkRows, loss_chunk_rows(p.k * p.t, pitch * 4 * (teacher_logits ? 2 : 1),
+                                                 kLossChunkBytes, 16, 64));
     block =
         p.dtype == DType::kF32
             ? 0
@@ -76,7 +79,7 @@ struct LossWorkspace {
     x = reinterpret_cast<float*>(take(chunk * p.h, 4));
     logits = reinterpret_cast<float*>(take(chunk * pitch, 4));
     wide = reinterpret_cast<float*>(take(block * p.h, 4));
-    narrow = reinterpret_cast<BF16*>(take(p.dtype == DType::kBF16 ? chunk * (block + p.h) : 0, 2));
+    narrow = reinterpret_cast<BF16*>(take(p.dtype == DType::kBF16 ? chunk * p.h : 0, 2));
     const int64_t slots = teacher_logits ? chunk : 0;
     teacher_x = reinterpret_cast<float*>(take(slots * p.h, 4));
     teacher = reinterpret_cast<float*>(take(slots * pitch, 4));
@@ -263,13 +266,15 @@ class MtpLossLoop {
     });
   }
 
-  // As head_topk computes them; x is bf16, widened.
+  // As head_topk computes them; x is bf16, widened. Packed rows for one pass over the weights take
+  // part of the second-level cache.
+  static constexpr int64_t kLogitRows = 256;
   void stream_logits(int64_t n, const float* x, float* logits) const {
     const auto* weight = static_cast<const BF16*>(p_.weight);
     parallel_for(p_.v, kTileWidth, [&](int64_t begin, int64_t end, int) {
       with_packed_type<BF16>(p_.dtype, p_.h, [&]<typename X>(X) {
-        for (int64_t first = 0; first < n; first += kMaxRows) {
-          const PackedRows<BF16, X> packed(std::min<int64_t>(kMaxRows, n - first), p_.h,
+        for (int64_t first = 0; first < n; first += kLogitRows) {
+          const PackedRows<BF16, X> packed(std::min<int64_t>(kLogitRows, n - first), p_.h,
                                            [&](int64_t row, float* out) {
                                              std::memcpy(out, x + (first + row) * p_.h, p_.h * 4);
                                            });
@@ -308,28 +313,44 @@ class MtpLossLoop {
     w_.results[number] = loss_.row(
         x, row.target, s, teacher_logits_ ? w_.teacher + slot * w_.pitch : nullptr,
         teacher_logits_ ? w_.teacher_softmax[slot] : Softmax{}, gradient, scale_[row.depth]);
+    if (gradient && multiplies_pairs()) narrow_gradient(x, pairs_row(i));
   }
+
+  // In place. Zeros follow: oneDNN's products by tile registers multiply what follows a row, up to
+  // the next multiple of 32, by zero, which makes NaN of NaN.
+  void narrow_gradient(const float* x, BF16* out) const {
+    const int64_t end = round_up(p_.v, 2 * kLanes);
+    for (int64_t j = 0; j < end; j += kLanes) {
+      store(out + j, select(first_lanes(p_.v - j), load(x + j), zero()));
+    }
+  }
+
+  // A row of the gradient as bf16.
+  BF16* pairs_row(int64_t i) const { return reinterpret_cast<BF16*>(w_.logits + i * w_.pitch); }
 
   void multiply_gradients(const LossRow* rows, int64_t n, bool accumulate) const {
     const float* const g = w_.logits;
     if (p_.grad_bias) {
       parallel_for(p_.v, 1024, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = 0; i < n; ++i) {
-          for (int64_t j = begin; j < end; j += kLanes) {
-            float* const out = p_.grad_bias + j;
-            const F32x16 sum = load_partial(out, end - j) + load(g + i * w_.pitch + j);
-            store_partial(out, sum, end - j);
-          }
+          const auto add = [&](const auto* row) {
+            accumulate_row(row + begin, true, end - begin, p_.grad_bias + begin);
+          };
+          multiplies_pairs() ? add(pairs_row(i)) : add(g + i * w_.pitch);
         }
       });
     }
     if (p_.grad_weight) {
-      p_.gemm(true, false, p_.v, p_.h, n, g, w_.pitch, w_.x, p_.h, accumulate, p_.grad_weight,
-              p_.h);
+      if (multiplies_pairs()) {
+        multiply_weight_pairs(n, accumulate);
+      } else {
+        p_.gemm(true, false, p_.v, p_.h, n, g, w_.pitch, w_.x, p_.h, accumulate, p_.grad_weight,
+                p_.h);
+      }
     }
     if (!p_.grad_hidden) return;
     if (multiplies_pairs()) {
-      multiply_pairs(n, g);
+      multiply_hidden_pairs(n);
     } else {
       weight_blocks([&](int64_t first, int64_t count, const float* weight, int64_t stride) {
         p_.gemm(false, false, n, p_.h, count, g + first, w_.pitch, weight, stride, first > 0, w_.x,
@@ -341,29 +362,51 @@ class MtpLossLoop {
     }
   }
 
-  // x = g . w, the sum of blocks of columns.
-  void multiply_pairs(int64_t n, const float* g) const {
-    const auto* weight = static_cast<const BF16*>(p_.weight);
-    BF16* const product = w_.narrow + n * w_.block;
-    for (int64_t first = 0; first < p_.v; first += w_.block) {
-      const int64_t count = std::min(w_.block, p_.v - first);
-      parallel_for(n, 16, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t j = 0; j < count; j += kLanes) {
-            store_partial(w_.narrow + i * count + j, load(g + i * w_.pitch + first + j), count - j);
-          }
-        }
-      });
-      p_.gemm_bf16(n, p_.h, count, w_.narrow, count, weight + first * p_.weight_stride,
-                   p_.weight_stride, product, p_.h);
-      parallel_for(n * p_.h, 4096, [&](int64_t begin, int64_t end, int) {
-        for (int64_t j = begin; j < end; j += kLanes) {
-          const F32x16 part = load_partial(product + j, end - j);
-          const F32x16 sum = first > 0 ? load_partial(w_.x + j, end - j) + part : part;
-          store_partial(w_.x + j, sum, end - j);
-        }
-      });
+  // out = part, or out + part.
+  template <typename T>
+  static void accumulate_row(const T* part, bool accumulate, int64_t n, float* out) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const F32x16 x = load_partial(part + j, n - j);
+      store_partial(out + j, accumulate ? load_partial(out + j, n - j) + x : x, n - j);
     }
+  }
+  static void add_up(const BF16* part, bool accumulate, int64_t n, float* out) {
+    parallel_for(n, 4096, [&](int64_t begin, int64_t end, int) {
+      accumulate_row(part + begin, accumulate, end - begin, out + begin);
+    });
+  }
+
+  // Calls body(first, count) for blocks whose products fit `wide` as bf16.
+  template <typename Body>
+  void pair_blocks(const Body& body) const {
+    for (int64_t first = 0; first < p_.v; first += 2 * w_.block) {
+      body(first, std::min(2 * w_.block, p_.v - first));
+    }
+  }
+
+  // grad_weight += g^T . x
+  void multiply_weight_pairs(int64_t n, bool accumulate) const {
+    parallel_for(n * p_.h, 4096, [&](int64_t begin, int64_t end, int) {
+      for (int64_t j = begin; j < end; j += kLanes) {
+        store_partial(w_.narrow + j, load_partial(w_.x + j, end - j), end - j);
+      }
+    });
+    BF16* const product = reinterpret_cast<BF16*>(w_.wide);
+    pair_blocks([&](int64_t first, int64_t count) {
+      p_.gemm_bf16(true, count, p_.h, n, pairs_row(0) + first, 2 * w_.pitch, w_.narrow, p_.h,
+                   product, p_.h);
+      add_up(product, accumulate, count * p_.h, p_.grad_weight + first * p_.h);
+    });
+  }
+
+  // x = g . w
+  void multiply_hidden_pairs(int64_t n) const {
+    const auto* weight = static_cast<const BF16*>(p_.weight);
+    pair_blocks([&](int64_t first, int64_t count) {
+      p_.gemm_bf16(false, n, p_.h, count, pairs_row(0) + first, 2 * w_.pitch,
+                   weight + first * p_.weight_stride, p_.weight_stride, w_.narrow, p_.h);
+      add_up(w_.narrow, first > 0, n * p_.h, w_.x);
+    });
   }
 
   void sum_up() {

@@ -344,7 +344,7 @@ void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
   const int64_t longest = std::clamp<int64_t>(kRunBytes / row_bytes, 1, kLongestRun);
   const int64_t group_rows = longest * kRows;
   auto* sums = scratch<typename Operand::Sum, 7>(x.groups() * group_rows * kTileSide);
-  alignas(64) float tile[kMaxRows * kTileWidth];
+  float* const tile = scratch<float, 8>(x.rows() * kTileWidth);
   const Tiles registers;
   for (int64_t first = begin; first < end;) {
     const int64_t left = end - first, run = std::clamp<int64_t>(left / kRows, 1, longest);

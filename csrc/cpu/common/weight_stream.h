@@ -367,7 +367,7 @@ template <typename W, typename X, typename Epilogue>
 void stream_weights(const W* weight, int64_t stride, int64_t begin, int64_t end,
                     const PackedRows<W, X>& x, const Epilogue& epilogue) {
   using Operand = cpu::Operand<W, X>;
-  alignas(64) float tile[kMaxRows * kTileWidth];
+  float* const tile = scratch<float, 8>(x.rows() * kTileWidth);
   using Widened = WidenedOperand<X, Operand::kStarts>;
   constexpr int kWidenedN = tile_n<Widened>(kTileM);
   constexpr int64_t kWide = 24576 / sizeof(X);  // what of the first-level cache a panel may take

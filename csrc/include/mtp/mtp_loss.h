@@ -25,9 +25,10 @@ constexpr int kMaxDepths = 64;
 using Gemm = void (*)(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a,
                       int64_t a_stride, const float* b, int64_t b_stride, bool accumulate, float* c,
                       int64_t c_stride);
-// The same of bf16 matrices as they lie, a sum in f32 rounded once.
-using GemmBf16 = void (*)(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_stride,
-                          const void* b, int64_t b_stride, void* c, int64_t c_stride);
+// The same of bf16 matrices, b as it lies; a sum in f32 rounded once.
+using GemmBf16 = void (*)(bool trans_a, int64_t m, int64_t n, int64_t k, const void* a,
+                          int64_t a_stride, const void* b, int64_t b_stride, void* c,
+                          int64_t c_stride);
 
 struct MtpLossParams {
   const void* hidden;          // [K, T, H]
@@ -58,7 +59,7 @@ struct MtpLossParams {
 // About how much a chunk's logits take, with their gradient where it is stored beside them and with
 // a teacher's. More is faster: the weights and their gradient are read once per chunk. On CUDA one
 // chunk has to fill the device.
-constexpr int64_t kLossChunkBytes = 32 << 20;
+constexpr int64_t kLossChunkBytes = 96 << 20;
 constexpr int64_t kCudaLossChunkBytes = 256 << 20;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
