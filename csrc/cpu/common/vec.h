@@ -199,7 +199,7 @@ inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
 // Bit i is lane i.
 inline uint32_t to_bits(Mask16 m) { return m.v; }
 inline Mask16 mask_from_bits(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
-// 2^round(x) for |round(x)| <= 127; also returns round(x).
+// To the nearest, of ties the even one.
 inline F32x16 round_to_int(F32x16 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
