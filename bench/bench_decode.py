@@ -168,9 +168,7 @@ def rows(
         lengths = range(MAX_K + 1) if head else [0]
         contenders = {f"k={k}": partial(per_token, k) for k in lengths}
         contenders |= {f"overhead {k}": partial(per_step_of_nothing, k) for k in lengths}
-        moved = step_bytes(model, batch, length)
-        probe, probed = ceilings.probe("read", moved, 1)
-        contenders["ceiling"] = probe.sample
+        contenders["ceiling"] = ceilings.timer("read").sample
         missing = {}
         if options.peers and options.clock == "wall" and (batch, context) == SETTINGS[0]:
             peer = make_transformers(model, texts[0], new_tokens)
@@ -181,6 +179,7 @@ def rows(
         load = harness.OtherLoad()
         samples = harness.interleave(contenders, 10 * options.seconds, 9, 50)
         others = load.share()
+        moved = step_bytes(model, batch, length)
         for k in lengths:
             mine = samples[f"k={k}"]
             shape = f"k={k} B={batch} ctx={length}"
@@ -196,9 +195,9 @@ def rows(
                 "read": moved, "written": 0, "bytes": moved, "flops": 0, "sets": 1,
                 "gb_per_s": moved / statistics.median(mine) / counted[k] / 1e9,
                 "bound": "read",
-                "ceiling_per_s": probed / statistics.median(samples["ceiling"]),
+                "ceiling_per_s": ceilings.stream_bytes / statistics.median(samples["ceiling"]),
                 "of_ceiling": harness.paired_ratio(samples["ceiling"], mine) / counted[k]
-                * moved / probed,
+                * moved / ceilings.stream_bytes,
                 "peers": peers | dict.fromkeys(missing),
                 "missing": missing,
             }  # fmt: skip

@@ -5,12 +5,12 @@ and the peers. Everything else happens here, the same way for every operator:
 
   - Inputs are rotated over enough sets to exceed the last-level cache, so weights and caches come
     from memory as they do in a decoding step.
-  - Ours, every peer and a streaming probe run interleaved in shuffled order, round after round.
-    A ratio is the median over rounds of the ratio within a round: load from other processes, or a
-    clock that drifts, hits both sides of it alike.
+  - Ours, every peer and a streaming probe run interleaved in shuffled order, round after round; a
+    sample is the median of some calls in a row. A ratio is the median over rounds of the ratio
+    within a round: load from other processes, or a clock that drifts, hits both sides of it alike.
   - On a GPU each sample replays a CUDA graph of calls over all input sets, between two events.
-  - The percentage of the ceiling compares with the probe of the same round as well, which moves as
-    many bytes as the case. The ceilings printed first are the same probes, measured alone.
+  - The percentage of the ceiling compares with the probe of the same round as well. The
+    ceilings printed first are the same probes, measured alone.
 """
 
 import argparse
@@ -41,10 +41,8 @@ from bench import report
 HERE = Path(__file__).resolve().parent
 NOISE_LIMIT = 0.10  # (p90 - p10) / median above this is said aloud
 MAX_SETS = 256
-MIN_SAMPLE_SECONDS = 300e-6
-SHORT_SECONDS = 5e-3
-ROW_FLOATS = 4096  # of the streaming probes
-LEAST_PROBE = 4 * 2**20  # bytes
+SAMPLE_SECONDS = 20e-3
+LONG_SECONDS = 100e-3
 VERSIONED = (
     "torch", "numpy", "transformers", "flashinfer-python", "flash-attn", "vllm", "liger-kernel",
     "cut-cross-entropy", "triton",
@@ -257,25 +255,26 @@ def set_count(case_bytes: int, cache_bytes: int) -> int:
 
 
 class CpuTimer:
-    """One sample is the mean of enough calls to outlast the clock's resolution. Before short ones
-    comes a call that is not timed: it wakes the threads and fetches the code that the contender
-    before has displaced, as the call before would in a decoding loop."""
+    """One sample is the median of calls one after the other, as in a decoding loop: the first ones
+    find sleeping threads, the code of another contender and, where the memory has been idle, a
+    memory that takes a while to wake up. Long calls stand alone."""
 
     def __init__(self, call: Callable[..., Any], inputs: Rotation, clock: Clock) -> None:
         self.call, self.inputs, self.clock = call, inputs, clock
-        self.calls, self.short = 1, True
+        self.calls = 1
+        self.sample()
         once = self.sample()
-        self.short = once < SHORT_SECONDS
-        self.calls = max(1, round(MIN_SAMPLE_SECONDS / max(once, 1e-9)))
+        if once < LONG_SECONDS:
+            self.calls = max(3, round(SAMPLE_SECONDS / max(once, 1e-6)))
 
     def sample(self) -> float:
-        sets = [self.inputs.next() for _ in range(self.calls + self.short)]
-        if self.short:
-            self.call(*sets.pop(0))
-        start = self.clock()
-        for inputs in sets:
+        times = []
+        for _ in range(self.calls):
+            inputs = self.inputs.next()
+            start = self.clock()
             self.call(*inputs)
-        return (self.clock() - start) / self.calls
+            times.append(self.clock() - start)
+        return statistics.median(times)
 
 
 class CudaTimer:
@@ -371,35 +370,35 @@ class Ceilings:
     def __init__(self, device: str, scale: float = 1.0, clock: Clock = CLOCKS["wall"]) -> None:
         self.device, self.clock = device, clock
         cache = last_level_cache(device)
-        floats = int(max(4 * cache, 2**20) * scale) // 4 // ROW_FLOATS * ROW_FLOATS
+        floats = int(max(4 * cache, 2**20) * scale) // 4 // 8192 * 8192
+        self.stream_bytes = 4 * floats
         source = torch.ones(floats, device=device)
-        vector = torch.ones(ROW_FLOATS, device=device)
+        target = torch.empty_like(source)
+        rows = source.view(-1, 4096)
+        words = source.view(torch.int64).view(-1, 4096)
+        vector = torch.ones(4096, device=device)
         read = {
-            "sum of f32 rows": lambda x: x.sum(1),
-            "max of f32 rows": lambda x: x.amax(1),
-            "sum of int64 rows": lambda x: x.view(torch.int64).sum(1),
-            "norm of f32": lambda x: torch.linalg.vector_norm(x),
-            "f32 matrix @ vector": lambda x: x @ vector,
+            "sum of f32 rows": lambda: rows.sum(1),
+            "max of f32 rows": lambda: rows.amax(1),
+            "sum of int64 rows": lambda: words.sum(1),
+            "norm of f32": lambda: torch.linalg.vector_norm(source),
+            "f32 matrix @ vector": lambda: rows @ vector,
         }
-        copy = {"copy_": lambda x, out: out.copy_(x)}
+        copy = {"copy_": lambda: target.copy_(source)}
         n = max(64, int((8192 if device == "cuda" else 1024) * min(1.0, scale)))
-        square = {
-            f"{report.dtype_name(dtype)} {n}^3": torch.ones(n, n, device=device, dtype=dtype)
-            for dtype in (torch.float32, torch.bfloat16)
-        }
-        matmul = {name: lambda a=a: a @ a for name, a in square.items()}
-        self.least = max(ROW_FLOATS, int(LEAST_PROBE * scale) // 4)  # floats
-        self.buffers = {
-            "read": (source.view(-1, ROW_FLOATS),),
-            "copy": (source.view(-1, ROW_FLOATS), torch.empty_like(source).view(-1, ROW_FLOATS)),
-            "matmul": (),
-        }
-        self.work = {"read": 4 * floats, "copy": 2 * 4 * floats, "matmul": 2 * n**3}
+        matmul = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(n, n, device=device, dtype=dtype)
+            matmul[f"{report.dtype_name(dtype)} {n}^3"] = lambda a=a: a @ a
         self.found: dict[str, dict[str, Any]] = {}
-        self.calls: dict[str, Callable[..., Any]] = {}
-        for kind, probes in (("read", read), ("copy", copy), ("matmul", matmul)):
+        self.calls: dict[str, Callable[[], Any]] = {}
+        for kind, probes, work in (
+            ("read", read, self.stream_bytes),
+            ("copy", copy, 2 * self.stream_bytes),
+            ("matmul", matmul, 2 * n**3),
+        ):
             timers = {
-                name: make_timer(device, call, Rotation([self.buffers[kind]]), clock)
+                name: make_timer(device, call, Rotation([()]), clock)
                 for name, call in probes.items()
             }
             samples = interleave({name: t.sample for name, t in timers.items()}, 1.0, 5, 30)
@@ -407,9 +406,10 @@ class Ceilings:
             self.calls[kind] = probes[best]
             self.found[kind] = {
                 "probe": best,
-                "per_second": self.work[kind] / statistics.median(samples[best]),
+                "per_second": work / statistics.median(samples[best]),
                 "noise": spread(samples[best]),
             }
+        self.work = {"read": self.stream_bytes, "copy": 2 * self.stream_bytes, "matmul": 2 * n**3}
 
     def bound(self, case: Case) -> str:
         """Which ceiling this case meets first."""
@@ -417,21 +417,8 @@ class Ceilings:
         memory = case.bytes / self.found[kind]["per_second"]
         return "matmul" if case.flops / self.found["matmul"]["per_second"] > memory else kind
 
-    def probe(self, kind: str, nbytes: int, sets: int) -> tuple[CpuTimer | CudaTimer, int]:
-        """A timer of the best probe and what a call of it does. A stream takes as many bytes as the
-        case it stands beside and goes round over as many, but takes no fewer than let it run up to
-        speed: what a short read loses at its start, and what a cache keeps from the round before,
-        is the same for both."""
-        buffers, work = self.buffers[kind], self.work[kind]
-        if not buffers:
-            return make_timer(self.device, self.calls[kind], Rotation([()]), self.clock), work
-        rows = buffers[0].shape[0]
-        taken = min(rows, -(-max(self.least, nbytes // (4 * len(buffers))) // ROW_FLOATS))
-        sets = max(1, min(sets, round(sets * nbytes / (4 * ROW_FLOATS * taken * len(buffers)))))
-        starts = range(0, rows - taken + 1, taken)[:sets]
-        pieces = Rotation([tuple(b[i : i + taken] for b in buffers) for i in starts])
-        timer = make_timer(self.device, self.calls[kind], pieces, self.clock)
-        return timer, 4 * ROW_FLOATS * taken * len(buffers)
+    def timer(self, kind: str) -> CpuTimer | CudaTimer:
+        return make_timer(self.device, self.calls[kind], Rotation([()]), self.clock)
 
 
 # ---- one row -------------------------------------------------------------------------------------
@@ -470,7 +457,7 @@ def run_case(
         copy = clone(inputs.sets[0])
         case.check(calls["ours"](*inputs.sets[0]), calls["eager"](*copy))
     bound = ceilings.bound(case)
-    timers["ceiling"], probed = ceilings.probe(bound, case.bytes, count)
+    timers["ceiling"] = ceilings.timer(bound)
 
     load = OtherLoad()
     samples = interleave(
@@ -503,8 +490,8 @@ def run_case(
         "flops": case.flops,
         "gb_per_s": case.bytes / statistics.median(ours) / 1e9,
         "bound": bound,
-        "ceiling_per_s": probed / statistics.median(ceiling),
-        "of_ceiling": paired_ratio(ceiling, ours) * work / probed,
+        "ceiling_per_s": ceilings.work[bound] / statistics.median(ceiling),
+        "of_ceiling": paired_ratio(ceiling, ours) * work / ceilings.work[bound],
         "peers": peers,
         "missing": failures,
         "peak_bytes": peaks,
