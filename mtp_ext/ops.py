@@ -510,10 +510,13 @@ def linear_mtp_loss(
 
     Where a gradient is wanted it is computed with the logits, in the forward call: nothing is
     computed twice, and no logits outlive a chunk of rows. Extra memory: a chunk's logits, f32, on
-    CPU 32 MiB of them or 64 rows; on CUDA, with their gradient in the dtype of hidden beside them,
-    256 MiB or 128 rows (the environment variable MTP_LOSS_CHUNK_BYTES sets another size: less
-    memory, or more speed); and until the backward the gradients in f32, K*T*H, V*H and V elements,
-    as far as hidden, weight and bias require them.
+    CPU 96 MiB of them but 64 to 512 rows; on CUDA, with their gradient in the dtype of hidden
+    beside them, 256 MiB or 128 rows (the environment variable MTP_LOSS_CHUNK_BYTES sets another
+    size: less memory, or more speed); and until the backward the gradients in f32, K*T*H, V*H and V
+    elements, as far as hidden, weight and bias require them.
+
+    The gradient of the logits is multiplied in hidden's dtype on CUDA; on CPU in f32, but bf16
+    where the processor multiplies that: then products are rounded per chunk and added up in f32.
 
     Args:
         hidden: f32, f16 or bf16 [K, T, H], one slice per depth; the first two strides are free.
