@@ -215,6 +215,11 @@ def test_refuses_what_makes_no_sense(trunk):
         decoder.step(5)
     with pytest.raises(ValueError, match="max_new_tokens"):
         SamplingParams(max_new_tokens=0)
+    for name, bits in (("top_k", 32), ("seed", 64)):
+        for value in (2 ** (bits - 1), -(2 ** (bits - 1)) - 1):
+            with pytest.raises(ValueError, match=f"{name} must fit int{bits}, got {value}"):
+                SamplingParams(**{name: value})
+            SamplingParams(**{name: value - 1 if value > 0 else value + 1})
 
 
 # ---- sampling ------------------------------------------------------------------------------------

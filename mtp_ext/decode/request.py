@@ -19,6 +19,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        for name, bits in (("top_k", 32), ("seed", 64)):
+            value, end = getattr(self, name), 2 ** (bits - 1)
+            if not -end <= value < end:
+                raise ValueError(f"{name} must fit int{bits}, got {value}")
 
 
 @dataclass(eq=False)
