@@ -110,9 +110,11 @@ def test_matches_reference(backend, dtype, option):
 
 
 SHAPES = {
-    "cpu": [(1, 1, 8, 2), (1, 9, 1, 1), (2, 33, 65, 1000), (4, 70, 17, 49), (3, 200, 40, 2050)],
+    # Rows in several chunks and passes; then weights in several blocks.
+    "cpu": [(1, 1, 8, 2), (1, 9, 1, 1), (2, 33, 65, 1000), (4, 70, 17, 49), (3, 200, 40, 2050),
+            (1, 12, 4096, 1100)],
     "ptxsim": [(1, 1, 8, 2), (1, 9, 8, 1), (2, 33, 40, 301), (4, 40, 16, 49)],
-}
+}  # fmt: skip
 SHAPES["cuda"] = SHAPES["ptxsim"] + [(3, 700, 512, 5003)]
 
 
