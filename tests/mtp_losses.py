@@ -58,6 +58,38 @@ def assert_close_to_eager(
     assert error(got, exact) <= allowed, f"{what}: {error(got, exact)} > {allowed}"
 
 
+def check(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    eager: Callable[..., Any],
+    case: dict[str, Any],
+    device: str,
+    scale: float = 1.0,
+) -> None:
+    """Results and gradients of scale * loss, and the same results where no gradient is asked for.
+
+    Counts are the reference's, in float64; other numbers are as close to it as eager's.
+    """
+    dtype, moved = case["hidden"].dtype, on(device, case)
+    got, gradients = evaluate(op, differentiable(moved, dtype), scale)
+    exact, exact_gradients = evaluate(reference, differentiable(case, torch.float64), scale)
+    plain, plain_gradients = evaluate(eager, differentiable(case, dtype), scale)
+    assert got[0].shape == ()
+    for n, (ours, theirs, truth) in enumerate(zip(got, plain, exact)):
+        if truth.is_floating_point():
+            assert ours.dtype == torch.float32
+            assert_close_to_eager(ours, theirs, truth, f"result {n}")
+        else:
+            assert torch.equal(ours, truth), f"result {n}"
+    assert torch.equal(got[2], plain[2]), "num_tokens"
+    for name, truth in exact_gradients.items():
+        assert gradients[name].dtype == dtype
+        assert_close_to_eager(gradients[name], plain_gradients[name], truth, name)
+    with torch.no_grad():
+        for ours, before in zip(op(**moved), got):
+            assert torch.equal(ours.cpu(), before)
+
+
 def head(k: int, t: int, h: int, v: int, dtype: torch.dtype, bias: bool = False) -> dict[str, Any]:
     return dict(
         hidden=normal(k, t, h, seed=1).to(dtype),

@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import mtp_losses
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mtp_losses import (
     FLOATS,
-    assert_close_to_eager,
     differentiable,
     evaluate,
     head,
@@ -84,23 +84,7 @@ def eager(
 
 
 def check(backend, case, scale=1.0):
-    dtype = case["hidden"].dtype
-    got, gradients = evaluate(
-        backend.ops.linear_mtp_loss, differentiable(on(backend.device, case), dtype), scale
-    )
-    exact, exact_gradients = evaluate(reference, differentiable(case, torch.float64), scale)
-    plain, plain_gradients = evaluate(eager, differentiable(case, dtype), scale)
-    assert got[0].shape == () and got[0].dtype == got[1].dtype == torch.float32
-    assert_close_to_eager(got[0], plain[0], exact[0], "loss")
-    assert_close_to_eager(got[1], plain[1], exact[1], "depth_loss")
-    assert torch.equal(got[2], exact[2]) and torch.equal(got[3], exact[3])
-    assert torch.equal(got[2], plain[2])
-    for name, exact_gradient in exact_gradients.items():
-        assert gradients[name].dtype == dtype
-        assert_close_to_eager(gradients[name], plain_gradients[name], exact_gradient, name)
-    with torch.no_grad():
-        for a, b in zip(backend.ops.linear_mtp_loss(**on(backend.device, case)), got):
-            assert torch.equal(a.cpu(), b)
+    mtp_losses.check(backend.ops.linear_mtp_loss, reference, eager, case, backend.device, scale)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

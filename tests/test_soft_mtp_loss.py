@@ -1,5 +1,6 @@
 import math
 
+import mtp_losses
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mtp_losses import (
     FLOATS,
-    assert_close_to_eager,
     differentiable,
     evaluate,
     head,
@@ -81,22 +81,7 @@ def eager(
 
 
 def check(backend, case, scale=1.0):
-    dtype = case["hidden"].dtype
-    got, gradients = evaluate(
-        backend.ops.soft_mtp_loss, differentiable(on(backend.device, case), dtype), scale
-    )
-    exact, exact_gradients = evaluate(reference, differentiable(case, torch.float64), scale)
-    plain, plain_gradients = evaluate(eager, differentiable(case, dtype), scale)
-    for n, name in ((0, "loss"), (1, "depth_loss"), (3, "acceptance")):
-        assert got[n].dtype == torch.float32
-        assert_close_to_eager(got[n], plain[n], exact[n], name)
-    assert torch.equal(got[2], exact[2]) and torch.equal(got[2], plain[2])
-    for name, exact_gradient in exact_gradients.items():
-        assert gradients[name].dtype == dtype
-        assert_close_to_eager(gradients[name], plain_gradients[name], exact_gradient, name)
-    with torch.no_grad():
-        for a, b in zip(backend.ops.soft_mtp_loss(**on(backend.device, case)), got):
-            assert torch.equal(a.cpu(), b)
+    mtp_losses.check(backend.ops.soft_mtp_loss, reference, eager, case, backend.device, scale)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -1465,7 +1465,7 @@ int64_t verify_attention_workspace(const VerifyAttentionParams& p) {
   const auto plan = MTP_ISA::make_plan(p);
   if (!plan.partials) return 0;
   const int64_t row_floats = MTP_ISA::round_up(p.append.head_dim, 2 * kLanes) + 2;
-  return p.append.tokens * p.q_heads * plan.splits * row_floats;
+  return p.append.tokens * p.q_heads * plan.splits * row_floats * sizeof(float);
 }
 
 }  // namespace mtp::cpu

@@ -856,7 +856,8 @@ void launch_verify_attention(const VerifyAttentionParams& p, void* stream) {
 int64_t verify_attention_workspace(const VerifyAttentionParams& p) {
   const Grid grid = make_grid(p);
   if (grid.max_splits == 1) return 0;
-  return p.append.tokens * p.q_heads * grid.max_splits * (p.append.head_dim + kPartialExtra);
+  const int64_t row_floats = p.append.head_dim + kPartialExtra;
+  return p.append.tokens * p.q_heads * grid.max_splits * row_floats * sizeof(float);
 }
 
 }  // namespace mtp::cuda

@@ -174,11 +174,21 @@ inline bool runs_on_cuda([[maybe_unused]] const at::Tensor& anchor) {
 #endif
 }
 
-// The bytes of scratch that the launcher of the anchor's device asks for.
+// Sets p.workspace to as many bytes as the launcher of the anchor's device asks for, null if none;
+// they live as long as the result. nullptr stands for a device that never needs any.
 template <typename Params>
-int64_t workspace_on(const at::Tensor& anchor, const Params& params, int64_t (*cpu)(const Params&),
-                     std::type_identity_t<int64_t (*)(const Params&)> cuda) {
-  return cuda != nullptr && runs_on_cuda(anchor) ? cuda(params) : cpu(params);
+[[nodiscard]] at::Tensor allocate_workspace(const at::Tensor& anchor, Params& p,
+                                            std::type_identity_t<int64_t (*)(const Params&)> cpu,
+                                            std::type_identity_t<int64_t (*)(const Params&)> cuda) {
+  const auto bytes_on_device = runs_on_cuda(anchor) ? cuda : cpu;
+  const int64_t bytes = bytes_on_device != nullptr ? bytes_on_device(p) : 0;
+  at::Tensor workspace;
+  p.workspace = nullptr;
+  if (bytes > 0) {
+    workspace = at::empty({bytes}, anchor.options().dtype(at::kByte));
+    p.workspace = data_ptr<std::remove_pointer_t<decltype(p.workspace)>>(workspace, "workspace");
+  }
+  return workspace;
 }
 
 // Launches on the anchor's device.

@@ -63,7 +63,8 @@ at::Tensor eh_proj(const at::Tensor& token_ids, const at::Tensor& hidden,
   p.eps = static_cast<float>(eps);
   p.gemma_norm = gemma_norm;
   p.hidden_first = hidden_first;
-  MTP_CUDA_WORKSPACE(hidden, p, eh_proj_workspace);
+  const at::Tensor workspace =
+      allocate_workspace(hidden, p, nullptr, MTP_CUDA_LAUNCHER(eh_proj_workspace));
   run_on(kOp, hidden, p, &cpu::launch_eh_proj, MTP_CUDA_LAUNCHER(launch_eh_proj));
   return out;
 }

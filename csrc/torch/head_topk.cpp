@@ -54,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> head_topk(
   p.eps = static_cast<float>(eps);
   p.softcap = static_cast<float>(softcap);
   p.gemma_norm = gemma_norm;
-  MTP_CUDA_WORKSPACE(hidden, p, head_topk_workspace);
+  const at::Tensor workspace =
+      allocate_workspace(hidden, p, nullptr, MTP_CUDA_LAUNCHER(head_topk_workspace));
   run_on(kOp, hidden, p, &cpu::launch_head_topk, MTP_CUDA_LAUNCHER(launch_head_topk));
   return {logits, ids, lse};
 }

@@ -156,7 +156,6 @@ inline void fill_params(MtpLossParams& p, const MtpLossArguments& a, const MtpLo
   p.grad_hidden = data_ptr<float>(r.grad_hidden, "grad_hidden");
   p.grad_weight = data_ptr<float>(r.grad_weight, "grad_weight");
   p.grad_bias = data_ptr<float>(r.grad_bias, "grad_bias");
-  p.workspace = nullptr;
   p.gemm = &torch_gemm;
   p.gemm_bf16 = &torch_gemm_bf16;
   p.k = a.hidden.size(0);
@@ -170,15 +169,6 @@ inline void fill_params(MtpLossParams& p, const MtpLossArguments& a, const MtpLo
   p.dtype = to_dtype(a.hidden.scalar_type());
   p.shift = std::min(shift, p.t);  // from T on, no row counts
   p.softcap = static_cast<float>(a.softcap);
-}
-
-template <typename Params>
-at::Tensor allocate_workspace(const at::Tensor& anchor, Params& p, int64_t (*cpu)(const Params&),
-                              std::type_identity_t<int64_t (*)(const Params&)> cuda) {
-  at::Tensor workspace =
-      at::empty({workspace_on(anchor, p, cpu, cuda)}, anchor.options().dtype(at::kByte));
-  p.workspace = data_ptr<void>(workspace, "workspace");
-  return workspace;
 }
 
 // ---- autograd --------------------------------------------------------------------------------

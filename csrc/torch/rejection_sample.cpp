@@ -104,10 +104,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rejection_sample(
     p.token_bitmask = data_ptr<const uint32_t>(token_bitmask, "token_bitmask");
     p.mask_stride = token_bitmask->stride(0);
   }
-  const int64_t bytes = workspace_on(target_logits, p, &cpu::rejection_sample_workspace,
-                                     MTP_CUDA_LAUNCHER(rejection_sample_workspace));
-  at::Tensor workspace = at::empty({bytes}, seeds.options().dtype(at::kByte));
-  p.workspace = data_ptr<void>(workspace, "workspace");
+  const at::Tensor workspace =
+      allocate_workspace(target_logits, p, &cpu::rejection_sample_workspace,
+                         MTP_CUDA_LAUNCHER(rejection_sample_workspace));
   run_on(kOp, target_logits, p, &cpu::launch_rejection_sample,
          MTP_CUDA_LAUNCHER(launch_rejection_sample));
   return {token_ids, num_accepted, status};

@@ -35,7 +35,8 @@ at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,
   p.weight_stride = weight.stride(0);
   p.dtype = to_dtype(x.scalar_type());
   p.weight_dtype = to_dtype(weight.scalar_type());
-  MTP_CUDA_WORKSPACE(x, p, skinny_linear_workspace);
+  const at::Tensor workspace =
+      allocate_workspace(x, p, nullptr, MTP_CUDA_LAUNCHER(skinny_linear_workspace));
   run_on(kOp, x, p, &cpu::launch_skinny_linear, MTP_CUDA_LAUNCHER(launch_skinny_linear));
   return out;
 }

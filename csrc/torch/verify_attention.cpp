@@ -8,13 +8,6 @@
 namespace mtp::binding {
 namespace {
 
-int64_t workspace_floats(const at::Tensor& q, const VerifyAttentionParams& p) {
-#ifdef MTP_WITH_CUDA
-  if (runs_on_cuda(q)) return cuda::verify_attention_workspace(p);
-#endif
-  return q.is_cpu() ? cpu::verify_attention_workspace(p) : 0;
-}
-
 std::tuple<at::Tensor, at::Tensor> verify_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache,
     at::Tensor& v_cache, const at::Tensor& block_table, const at::Tensor& cache_lens,
@@ -61,8 +54,8 @@ std::tuple<at::Tensor, at::Tensor> verify_attention(
   p.scale =
       static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.append.head_dim))));
   p.softcap = static_cast<float>(softcap);
-  at::Tensor workspace = at::empty({workspace_floats(q, p)}, q.options().dtype(at::kFloat));
-  p.workspace = data_ptr<float>(workspace, "workspace");
+  const at::Tensor workspace = allocate_workspace(q, p, &cpu::verify_attention_workspace,
+                                                  MTP_CUDA_LAUNCHER(verify_attention_workspace));
   run_on(kOp, q, p, &cpu::launch_verify_attention, MTP_CUDA_LAUNCHER(launch_verify_attention));
   return {out, lse};
 }

@@ -42,15 +42,3 @@ inline void check_cuda_rows(const Checker& check, const char* name, const at::Te
 }
 
 }  // namespace mtp::binding
-
-// Allocates what the CUDA launcher of a call needs besides its results.
-#ifdef MTP_WITH_CUDA
-#define MTP_CUDA_WORKSPACE(anchor, p, bytes)                                             \
-  at::Tensor workspace;                                                                  \
-  if (runs_on_cuda(anchor)) {                                                            \
-    workspace = at::empty({::mtp::cuda::bytes(p)}, (anchor).options().dtype(at::kByte)); \
-    (p).workspace = data_ptr<void>(workspace, "workspace");                              \
-  }
-#else
-#define MTP_CUDA_WORKSPACE(anchor, p, bytes)
-#endif

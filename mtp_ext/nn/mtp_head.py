@@ -13,12 +13,13 @@ verification step rolls both caches back by length; the rows that drafting wrote
 again with the trunk's hidden states of the accepted tokens.
 """
 
-import torch
 from torch import Tensor
 
-from mtp_ext import ops
-from mtp_ext.nn.decoding_layer import DecodingLayer, Matrix, vector
+from mtp_ext.nn.decoding_layer import DecodingLayer, Matrix, add_rms_norm, vector
 from mtp_ext.nn.mtp_block import MTPBlock
+from mtp_ext.ops import direct
+
+eh_proj, head_topk = direct("eh_proj"), direct("head_topk")
 
 
 class MTPHead:
@@ -28,8 +29,9 @@ class MTPHead:
     those rows of the LM head are drafted from. Weights and the projections' inputs have
     embedding's dtype; the residual stream is f32. With `int8` the LM head and the decoder layer's
     projections are kept in int8 with a scale per row: a draft need not be exact, and reading
-    weights is what it costs. A row's result does not depend on the other rows of the call. Experts
-    synchronise with the host; latent attention is cached as one key and value per query head.
+    weights is what it costs. A row's result does not depend on the other rows of the call. Weights
+    are detached; nothing here has a gradient. Experts synchronise with the host; latent attention
+    is cached as one key and value per query head.
 
     Raises ValueError for a block that borrows the trunk's final norm where trunk_norm [H] is not
     given.
@@ -50,7 +52,7 @@ class MTPHead:
         if spec.final_norm == "trunk" and trunk_norm is None:
             raise ValueError("a head without its own final norm needs trunk_norm")
         self.dtype, self.device = embedding.dtype, embedding.device
-        self.embedding = embedding
+        self.embedding = embedding.detach()
         self.token_map = None if token_map is None else token_map.to(self.device)
         self.metadata = dict(metadata or {})
 
@@ -70,7 +72,6 @@ class MTPHead:
         """Zeroed k_cache and v_cache, [pages, page_size, Hkv, D] each."""
         return self.layer.new_cache(num_pages, page_size)
 
-    @torch.no_grad()
     def extend(
         self,
         token_ids: Tensor,
@@ -97,7 +98,7 @@ class MTPHead:
             y f32 [T, H], for `propose` and `recur`.
         """
         spec = self.spec
-        projected = ops.eh_proj(
+        projected = eh_proj(
             token_ids,
             hidden.to(self.dtype),
             self.embedding,
@@ -120,10 +121,9 @@ class MTPHead:
             max_q_len,
         )
 
-    @torch.no_grad()
     def propose(self, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k likeliest next tokens of each row of y [M, H]: `ops.head_topk`'s results."""
-        return ops.head_topk(
+        return head_topk(
             y.to(self.dtype),
             self.lm_head,
             k,
@@ -134,9 +134,8 @@ class MTPHead:
             gemma_norm=self.spec.gemma_norm,
         )
 
-    @torch.no_grad()
     def recur(self, y: Tensor) -> Tensor:
         """What the next depth's `extend` takes as hidden."""
         if self.spec.recur_source == "pre_norm" or self.norm is None:
             return y
-        return ops.add_rms_norm(y, self.norm, eps=self.spec.eps, gemma_norm=self.spec.gemma_norm)
+        return add_rms_norm(y, self.norm, eps=self.spec.eps, gemma_norm=self.spec.gemma_norm)

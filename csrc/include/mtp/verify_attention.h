@@ -17,7 +17,7 @@ struct VerifyAttentionParams {
   const float* sinks;        // [Hq], or null
   void* out;                 // [T, Hq, D], dense
   float* lse;                // [T, Hq]
-  float* workspace;          // of verify_attention_workspace() floats
+  float* workspace;          // verify_attention_workspace() bytes
   int64_t q_token_stride, q_head_stride;
   int64_t q_heads, max_q_len;
   int64_t window;  // a row sees keys at positions > its own - window; -1: all
