@@ -360,12 +360,16 @@ def test_a_family_is_its_formula(case: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_family_decodes_to_its_formula(case: str, tmp_path) -> None:
-    """The loaded head over the operators, with a paged cache: rows in two steps, then a draft."""
+    """The loaded head over the operators, with a paged cache: rows in two steps, then a draft.
+
+    None of it has a gradient, though the caller's tensors and the block's weights want one.
+    """
     block, weights, t = given(case, tmp_path)
-    shared = (t.embedding.float(), t.lm_head.float())
+    assert all(p.requires_grad for p in block.parameters())
+    shared = [p.float().requires_grad_() for p in (t.embedding, t.lm_head)]
     head = MTPHead(block, *shared, trunk_norm=t.norm.float())
     caches, table = head.new_cache(3, 4), torch.tensor([[2, 0, 1]], dtype=torch.int32)
-    h = (t.normed if block.spec.h_source == "post_norm" else t.state).float()
+    h = (t.normed if block.spec.h_source == "post_norm" else t.state).float().requires_grad_()
 
     def extend(ids: Tensor, hidden: Tensor, begin: int) -> Tensor:
         end = begin + len(ids)
@@ -377,8 +381,10 @@ def test_a_family_decodes_to_its_formula(case: str, tmp_path) -> None:
     first = extend(t.tokens[1:4], h[:3], 0)
     y = torch.cat([first, extend(t.tokens[4 : S + 1], h[3:], 3)])
     draft = extend(t.tokens[S + 1 :], head.recur(y[-1:]), S)
+    assert not any(x.requires_grad for x in (y, draft, *caches))
     for state, expected in zip((y, draft), CASES[case][1](weights, t)):
         logits, ids, lse = head.propose(state, 5)
+        assert not logits.requires_grad and not lse.requires_grad
         expected = expected.view(len(state), V)
         top = expected.topk(5, -1)
         torch.testing.assert_close(logits.double(), top.values, rtol=1e-3, atol=1e-3)

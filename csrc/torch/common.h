@@ -175,11 +175,12 @@ inline bool runs_on_cuda([[maybe_unused]] const at::Tensor& anchor) {
 }
 
 // Sets p.workspace to as many bytes as the launcher of the anchor's device asks for, null if none;
-// they live as long as the result. nullptr stands for a device that never needs any.
+// they live as long as the returned tensor. nullptr stands for a device that never needs any.
 template <typename Params>
 [[nodiscard]] at::Tensor allocate_workspace(const at::Tensor& anchor, Params& p,
                                             std::type_identity_t<int64_t (*)(const Params&)> cpu,
                                             std::type_identity_t<int64_t (*)(const Params&)> cuda) {
+  const c10::DeviceGuard guard(anchor.device());  // some sizes depend on its processors
   const auto bytes_on_device = runs_on_cuda(anchor) ? cuda : cpu;
   const int64_t bytes = bytes_on_device != nullptr ? bytes_on_device(p) : 0;
   at::Tensor workspace;

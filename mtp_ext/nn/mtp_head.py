@@ -30,8 +30,8 @@ class MTPHead:
     embedding's dtype; the residual stream is f32. With `int8` the LM head and the decoder layer's
     projections are kept in int8 with a scale per row: a draft need not be exact, and reading
     weights is what it costs. A row's result does not depend on the other rows of the call. Weights
-    are detached; nothing here has a gradient. Experts synchronise with the host; latent attention
-    is cached as one key and value per query head.
+    and inputs are detached: nothing here has a gradient. Experts synchronise with the host; latent
+    attention is cached as one key and value per query head.
 
     Raises ValueError for a block that borrows the trunk's final norm where trunk_norm [H] is not
     given.
@@ -100,7 +100,7 @@ class MTPHead:
         spec = self.spec
         projected = eh_proj(
             token_ids,
-            hidden.to(self.dtype),
+            hidden.detach().to(self.dtype),
             self.embedding,
             self.eh_proj,
             enorm_weight=self.enorm,
@@ -124,7 +124,7 @@ class MTPHead:
     def propose(self, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k likeliest next tokens of each row of y [M, H]: `ops.head_topk`'s results."""
         return head_topk(
-            y.to(self.dtype),
+            y.detach().to(self.dtype),
             self.lm_head,
             k,
             norm_weight=self.norm,
@@ -136,6 +136,7 @@ class MTPHead:
 
     def recur(self, y: Tensor) -> Tensor:
         """What the next depth's `extend` takes as hidden."""
+        y = y.detach()
         if self.spec.recur_source == "pre_norm" or self.norm is None:
             return y
         return add_rms_norm(y, self.norm, eps=self.spec.eps, gemma_norm=self.spec.gemma_norm)
